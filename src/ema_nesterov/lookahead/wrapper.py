@@ -1,0 +1,212 @@
+"""What every lookahead wrapper shares: an anchor buffer, positions on a line, modes and state.
+
+While training, the parameters hold the lookahead point y_t, where gradients are taken. Each wrapper
+keeps one more copy of the weights, its anchor, chosen such that the iterate x_t, the lookahead
+point y_t and every position x_t + a d_t lie on the line from the anchor through y_t:
+
+    x_t + a d_t = anchor + w(a) (y_t - anchor)
+
+An algorithm is therefore three small methods: `_weight` (w above), and `_before` and `_after`, what
+happens to the anchor and the parameters around the base optimizer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Alpha = float | Callable[[int], float]
+
+
+def buffer_dtype(parameter: Tensor) -> torch.dtype:
+    """Buffers are float32, or float64 for float64 parameters: bfloat16 would lose the small updates."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def lerp_(target: list[Tensor], end: list[Tensor], weight: float) -> None:
+    """target <- target + weight (end - target) for lists of tensors; each pair shares its dtype."""
+    torch._foreach_lerp_(target, end, weight)
+
+
+class Wrapper(Optimizer):
+    """Base of the lookahead wrappers: a real `torch.optim.Optimizer` around another one.
+
+    `param_groups` is the base's own list, so a learning-rate scheduler on either moves both. The
+    wrapper's state is its own: nothing is ever written into the base's. `alpha` is a float or a
+    function of the number of completed steps. Buffers are made at the first `step()`.
+    """
+
+    def __init__(self, base: Optimizer, alpha: Alpha):
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
+        if not callable(alpha):
+            alpha = float(alpha)
+        self.base: Any = SimpleNamespace()  # takes the list that Optimizer.__init__ assigns
+        super().__init__(base.param_groups, {})
+        self.base = base
+        self.alpha = alpha
+        self.steps = 0  # completed steps, the t of y_t
+        self.alpha_t = 0.0  # the alpha that made y_t
+        self._anchor: list[Tensor] = []
+        self._y: list[Tensor] | None = None  # copy of y_t while the parameters hold another position
+        self._position: float | None = None  # that position; None: the parameters hold y_t
+
+    # --- the algorithm, given by the subclass -------------------------------------------------
+
+    def _weight(self, position: float) -> float:
+        """w such that x_t + position d_t = anchor + w (y_t - anchor)."""
+        raise NotImplementedError
+
+    def _before(self, parameters: list[Tensor]) -> None:
+        """What must be kept of y_t before the base optimizer overwrites it."""
+
+    def _after(self, parameters: list[Tensor]) -> None:
+        """Given x_{t+1} in the parameters, move the anchor and leave y_{t+1} there."""
+        raise NotImplementedError
+
+    # --- one step -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """From y_t with gradients taken there to y_{t+1}.
+
+        Raises RuntimeError while the parameters hold another position (`eval()`, `at_position`).
+        """
+        if self._position is not None:
+            raise RuntimeError("step() needs the lookahead point in the parameters: call train() first")
+        parameters = self._parameters()
+        if not self._anchor:
+            self._anchor = [p.detach().to(buffer_dtype(p), copy=True) for p in parameters]
+        self._before(parameters)
+        loss = self.base.step(closure)
+        self.steps += 1
+        self.alpha_t = self.alpha(self.steps) if callable(self.alpha) else self.alpha
+        self._after(parameters)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    # --- positions ----------------------------------------------------------------------------
+
+    @contextmanager
+    def at_position(self, position: float) -> Iterator[None]:
+        """Hold x_t + position d_t in the parameters; leaving restores what they held, bit for bit."""
+        outer = self._position
+        self._move(float(position))
+        try:
+            yield
+        finally:
+            self._move(outer)
+
+    def at_iterate(self):
+        """Hold the iterate x_t in the parameters: the weights to evaluate, report and export."""
+        return self.at_position(0.0)
+
+    def eval(self) -> None:
+        """Put the iterate x_t into the parameters until `train()`. Calling it twice is harmless."""
+        self._move(0.0)
+
+    def train(self) -> None:
+        """Put the lookahead point y_t back into the parameters, bit for bit."""
+        self._move(None)
+
+    @torch.no_grad()
+    def _move(self, position: float | None) -> None:
+        parameters = self._parameters()
+        if position is None:
+            if self._y is not None:
+                torch._foreach_copy_(parameters, self._y)
+            self._y = self._position = None
+            return
+        if self._y is None:
+            self._y = [p.detach().clone() for p in parameters]
+        torch._foreach_copy_(parameters, self._point(position))
+        self._position = position
+
+    def _point(self, position: float) -> list[Tensor]:
+        """x_t + position d_t as new tensors; before the first step d_0 = 0 and all positions are x_0."""
+        y = self._y if self._y is not None else self._parameters()
+        if not self._anchor:
+            return [p.detach().clone() for p in y]
+        end = [p.to(a.dtype) for p, a in zip(y, self._anchor, strict=True)]
+        return list(torch._foreach_lerp(self._anchor, end, self._weight(position)))
+
+    # --- parameters and groups ----------------------------------------------------------------
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if not isinstance(self.base, Optimizer):  # still inside Optimizer.__init__
+            return super().add_param_group(param_group)
+        if self._position is not None:
+            raise RuntimeError("add_param_group() needs train mode: call train() first")
+        known = len(self._parameters())
+        self.base.add_param_group(param_group)
+        if self._anchor:
+            new = self._parameters()[known:]
+            self._anchor += [p.detach().to(buffer_dtype(p), copy=True) for p in new]
+
+    # --- state --------------------------------------------------------------------------------
+
+    def _buffers(self) -> dict[str, list[Tensor]]:
+        """The buffers that a checkpoint holds, by name; one tensor per parameter."""
+        return {"anchor": self._anchor}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers: base, buffers, counter, mode and the alpha in force."""
+        return {
+            "wrapper": type(self).__name__,
+            "base": self.base.state_dict(),
+            "steps": self.steps,
+            "alpha_t": self.alpha_t,
+            "position": self._position,
+            "y": self._y,
+            "buffers": self._buffers(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict()`; the parameters themselves are restored with the model.
+
+        Raises ValueError, naming the first mismatch, when the wrapper or a shape differs.
+        """
+        if state_dict.get("wrapper") != type(self).__name__:
+            raise ValueError(f"state of {state_dict.get('wrapper')} cannot be loaded into {type(self).__name__}")
+        parameters = self._parameters()
+        lists = {**state_dict["buffers"], "y": state_dict["y"] or []}
+        for name, tensors in lists.items():
+            if tensors and len(tensors) != len(parameters):
+                raise ValueError(f"{name} holds {len(tensors)} tensors for {len(parameters)} parameters")
+            for i, (tensor, p) in enumerate(zip(tensors, parameters, strict=False)):
+                if tensor.shape != p.shape:
+                    raise ValueError(f"{name}[{i}] is {tuple(tensor.shape)}, its parameter is {tuple(p.shape)}")
+        self.base.load_state_dict(state_dict["base"])
+        self.steps = state_dict["steps"]
+        self.alpha_t = state_dict["alpha_t"]
+        self._position = state_dict["position"]
+        self._y = state_dict["y"] and [y.to(p, copy=True) for y, p in zip(state_dict["y"], parameters, strict=True)]
+        for name, held in self._buffers().items():
+            loaded = state_dict["buffers"][name]
+            held[:] = [b.to(p.device, buffer_dtype(p), copy=True) for b, p in zip(loaded, parameters, strict=False)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(alpha={self.alpha}, base={self.base})"

@@ -1,0 +1,29 @@
+"""The few pieces that the models share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
+    """Rotary positions on x (batch, time, heads, dim), half-split: (x1, x2) turned by -time * frequency.
+
+    frequencies: (dim / 2,) radians per position.
+    """
+    time = torch.arange(x.size(1), device=x.device, dtype=torch.float32)
+    angle = torch.outer(time, frequencies)[:, None, :]  # (time, 1, dim / 2)
+    cos, sin = angle.cos().type_as(x), angle.sin().type_as(x)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over the targets that are not -100; logits (batch, time, vocab) in float32."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def pad_rows(weight: nn.Parameter, multiple: int) -> nn.Parameter:
+    """The weight with zero rows appended up to a multiple: fast matrix shapes, the same values."""
+    return nn.Parameter(F.pad(weight.detach(), (0, 0) * (weight.ndim - 1) + (0, -weight.size(0) % multiple)))

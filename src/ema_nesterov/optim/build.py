@@ -1,0 +1,101 @@
+"""From a composed config to one optimizer over every trainable parameter of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..config import alpha_schedule
+from ..errors import ConfigError
+from ..lookahead import EMANesterov, Nesterov
+from ..plugins import instantiate
+from .chain import Chain
+from .muon import Muon
+
+ROLES = ("embedding", "head", "matrix", "vector")
+
+
+def parameter_roles(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The trainable parameters by what they are, tied ones once.
+
+    embedding: tables of nn.Embedding (a tied head included). head: the weight of an nn.Linear with as
+    many rows as a table. vector: fewer than two dimensions. matrix: the rest.
+    """
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    rows = {table.size(0) for table in tables.values()}
+    heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.weight.size(0) in rows}
+    roles: dict[str, list[Tensor]] = {role: [] for role in ROLES}
+    for p in model.parameters():  # yields a tied parameter once
+        if p.requires_grad:
+            role = (
+                "embedding"
+                if id(p) in tables
+                else "head" if id(p) in heads else "vector" if p.ndim < 2 else "matrix"
+            )
+            roles[role].append(p)
+    return roles
+
+
+def build_optimizer(model: nn.Module, cfg: DictConfig) -> Optimizer:
+    """The base optimizer of `cfg.optimizer` inside the wrapper of `cfg.lookahead`.
+
+    Every group remembers its `initial_lr`, on which the schedule acts. Raises ConfigError unless every
+    trainable parameter is covered exactly once.
+    """
+    base = _build_base(model, cfg)
+    _require_cover(model, base)
+    for group in base.param_groups:
+        group["initial_lr"] = group["lr"]
+    look = cfg.lookahead
+    if look.name == "ema_nesterov" and look.ema_decay > 0:
+        return EMANesterov(base, alpha_schedule(cfg), look.ema_decay, look.warm_start)
+    if cfg.probe_every:
+        # with alpha = 0 no bit of the base changes: what remains of EMA-Nesterov is the weight EMA
+        base = EMANesterov(base, 0.0, cfg.probe_ema_decay)
+    return base if look.name == "none" else Nesterov(base, alpha_schedule(cfg))
+
+
+def _build_base(model: nn.Module, cfg: DictConfig) -> Optimizer:
+    o = cfg.optimizer
+    if "_target_" in o:
+        return instantiate(o, list(cfg.plugins), [p for p in model.parameters() if p.requires_grad])
+    roles = parameter_roles(model)
+    if o.name == "adamw":
+        return _adamw({role: (params, o.lr) for role, params in roles.items()}, o)
+    if o.name == "muon":
+        rates = {"embedding": o.adam.embedding_lr, "head": o.adam.head_lr, "vector": o.adam.vector_lr}
+        aux = {role: (roles[role], o.lr if rate is None else rate) for role, rate in rates.items()}
+        muon = Muon(
+            roles["matrix"],
+            lr=o.lr,
+            momentum=o.momentum,
+            weight_decay=o.weight_decay,
+            scale=o.scale,
+            ns=o.ns,
+            split_qkv=o.split_qkv,
+        )
+        return Chain([_adamw(aux, o.adam), muon])
+    raise ConfigError(f"unknown optimizer.name={o.name}")
+
+
+def _adamw(roles: dict[str, tuple[list[Tensor], float]], cfg: DictConfig) -> Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": params, "lr": lr, "weight_decay": 0.0 if role == "vector" else cfg.weight_decay}
+        for role, (params, lr) in roles.items()
+        if params
+    ]
+    return torch.optim.AdamW(groups, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+
+
+def _require_cover(model: nn.Module, optimizer: Optimizer) -> None:
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    for i, name in names.items():
+        if held.count(i) != 1:
+            raise ConfigError(f"parameter {name} is in {held.count(i)} optimizer groups; it must be in exactly one")
+    if strangers := set(held) - set(names):
+        raise ConfigError(f"the optimizer holds {len(strangers)} parameters that the model does not train")

@@ -1,0 +1,1 @@
+"""The trainer: `run.run(cfg)` is one run, `loop.train` its loop."""

@@ -1,0 +1,77 @@
+"""The ranks of a run: one process, or all that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, value: object) -> list:
+        """The values of all ranks, on all ranks."""
+        values: list = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def rank_from_environment() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of this process. Raises ConfigError when it wants a GPU and there is none."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise ConfigError("trainer.device=cuda, but no GPU was found; type trainer.device=cpu")
+    if local >= gpus:
+        raise ConfigError(f"more ranks than the {gpus} GPUs of this node; type --nproc-per-node={gpus}")
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def ranks(wanted_device: str) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes, if any, and leave it at the end."""
+    device = choose_device(wanted_device)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield Ranks(0, 1, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    try:
+        yield Ranks(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()
