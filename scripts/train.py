@@ -1,13 +1,12 @@
 """Train one run: python scripts/train.py experiment=... [KEY=VALUE ...], or the same under torchrun."""
 
-import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 import ema_nesterov.config  # noqa: F401  (registers the schemas)
-from ema_nesterov.cli import guard
+from ema_nesterov.cli import guard, job
 from ema_nesterov.training.run import run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -15,8 +14,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> None:
-    if code := run(cfg):
-        sys.exit(code)
+    job(run, cfg)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -248,11 +248,13 @@ def alpha_schedule(cfg: DictConfig) -> Schedule:
 
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError, in one line, when the composed config cannot be run."""
+    _check_keys(cfg, "")
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; type {missing[0]}=VALUE")
     for key in ("steps", "seq_len", "batch_size", "log_every"):
         _require(cfg[key] >= 1, key, cfg[key], "at least 1")
+    _require(cfg.steps <= 10_000_000, "steps", cfg.steps, "at most 10000000")
     for key in ("seed", "eval_every", "probe_every", "checkpoint_every"):
         _require(cfg[key] >= 0, key, cfg[key], "at least 0")
     micro = cfg.micro_batch_size
@@ -273,6 +275,19 @@ def check(cfg: DictConfig) -> None:
     _require(cfg.trainer.workers in (0, 1), "trainer.workers", cfg.trainer.workers, "0 or 1")
     _choice("logger.mode", cfg.logger.mode, ["online", "offline", "disabled"])
     _choice("logger.x_axis", cfg.logger.x_axis, ["tokens", "step"])
+
+
+def _check_keys(cfg: DictConfig, prefix: str) -> None:
+    """A key added with + escapes Hydra's own check."""
+    schema = OmegaConf.get_type(cfg)
+    for key in cfg:
+        if isinstance(key, str) and is_dataclass(schema) and "_target_" not in cfg:
+            known = [f.name for f in fields(schema)]
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                raise ConfigError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
+        if not OmegaConf.is_missing(cfg, key) and isinstance(cfg[key], DictConfig):
+            _check_keys(cfg[key], f"{prefix}{key}.")
 
 
 def _check_model(cfg: DictConfig) -> None:
@@ -319,7 +334,8 @@ def _check_optimizer(cfg: DictConfig) -> None:
     _require(o.lr > 0, "optimizer.lr", o.lr, "above 0")
     _require(o.weight_decay >= 0, "optimizer.weight_decay", o.weight_decay, "at least 0")
     adam, prefix = (o.adam, "optimizer.adam") if o.name == "muon" else (o, "optimizer")
-    _require(all(0 <= b < 1 for b in adam.betas), f"{prefix}.betas", list(adam.betas), "in [0, 1)")
+    betas = list(adam.betas)
+    _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{prefix}.betas", betas, "two numbers in [0, 1)")
     _require(adam.eps >= 0, f"{prefix}.eps", adam.eps, "at least 0")
     if o.name == "muon":
         _require(0 <= o.momentum < 1, "optimizer.momentum", o.momentum, "in [0, 1)")
@@ -372,7 +388,7 @@ def run_hash(cfg: DictConfig) -> str:
 
 def _changed(cfg: DictConfig, prefix: str):
     schema = OmegaConf.get_type(cfg)
-    defaults = {f.name: _default(f) for f in fields(schema)} if hasattr(schema, "__dataclass_fields__") else {}
+    defaults = {f.name: _default(f) for f in fields(schema)} if is_dataclass(schema) else {}
     for key in cfg:
         path, value = f"{prefix}{key}", cfg[key]
         if path in NOT_IN_HASH:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,4 +24,9 @@ def instantiate(cfg: DictConfig, plugins: list[str], *args: Any, **kwargs: Any) 
     except (ImportError, AttributeError) as e:
         raise ConfigError(f"_target_={cfg._target_} cannot be imported: {e}") from None
     options: Any = OmegaConf.to_container(cfg, resolve=True)
-    return target(*args, **{k: v for k, v in options.items() if k not in ("_target_", "name")}, **kwargs)
+    kwargs |= {k: v for k, v in options.items() if k not in ("_target_", "name")}
+    try:
+        signature(target).bind(*args, **kwargs)
+    except TypeError as e:
+        raise ConfigError(f"{cfg._target_} does not take the group's keys: {e}") from None
+    return target(*args, **kwargs)

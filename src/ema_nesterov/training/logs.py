@@ -155,8 +155,8 @@ def _wandb_run(cfg: DictConfig, folder: Path, identity: str) -> Any:
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE", cfg.logger.mode)
-    if mode == "online" and not wandb.login(prompt=False):
-        print(f"W&B has no key: logging offline in {folder / 'wandb'}; wandb login, then wandb sync, uploads it")
+    if mode == "online" and (reason := _why_offline()):
+        print(f"W&B {reason}: logging offline in {folder / 'wandb'}; wandb login and wandb sync upload it", flush=True)
         mode = "offline"
     arguments: dict[str, Any] = dict(
         project=cfg.logger.project,
@@ -171,10 +171,16 @@ def _wandb_run(cfg: DictConfig, folder: Path, identity: str) -> Any:
         resume="allow",
         settings=wandb.Settings(silent=True, init_timeout=60),
     )
-    try:
-        run = wandb.init(mode=mode, **arguments)
-    except MirrorError as e:
-        print(f"W&B cannot be reached ({e}): logging offline in {folder / 'wandb'}", file=sys.stderr)
-        run = wandb.init(mode="offline", **arguments)
+    run = wandb.init(mode=mode, **arguments)
     run.define_metric("*", step_metric=cfg.logger.x_axis)
     return run
+
+
+def _why_offline() -> str | None:
+    """None when W&B can be reached with a key, else what is missing."""
+    import wandb
+
+    try:
+        return None if wandb.login(prompt=False) else "has no key"
+    except MirrorError as e:
+        return f"cannot be reached ({type(e).__name__})"

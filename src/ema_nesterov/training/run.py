@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import check, run_hash
@@ -24,7 +25,7 @@ from .logs import Silence, open_logs
 from .loop import Diverged, train
 
 FINISHED, FAILED, BAD_INPUT, DIVERGED = 0, 1, 2, 86  # exit codes
-STATUS = {FINISHED: "finished", DIVERGED: "diverged"}
+STATUS = {FINISHED: "finished", DIVERGED: "diverged", FAILED: "failed"}
 
 
 def run(cfg: DictConfig) -> int:
@@ -55,6 +56,11 @@ def run(cfg: DictConfig) -> int:
                 except Diverged as e:
                     outcome.update(exit_code=DIVERGED, message=str(e), step=e.step)
                     logs.say(f"diverged: {e}")
+                except torch.OutOfMemoryError:
+                    smaller = max(1, micro_batch_size // 2)
+                    message = f"out of memory with micro_batch_size={micro_batch_size}; type micro_batch_size={smaller}"
+                    outcome.update(exit_code=FAILED, message=message)
+                    print(f"error: {message}", file=sys.stderr, flush=True)
         return outcome["exit_code"]
 
 
@@ -159,7 +165,7 @@ def status(folder: Path, group: Ranks, resumed_from: int | None) -> Iterator[dic
     except BaseException as e:
         write("failed", message=f"{type(e).__name__}: {e}", exit_code=FAILED)
         raise
-    if group.is_first:
+    if group.is_first or outcome["exit_code"] == FAILED:
         write(STATUS[outcome["exit_code"]])
 
 

@@ -1,0 +1,57 @@
+"""Compare finished runs: python scripts/report.py runs=FOLDER [output=FOLDER] [title=TEXT]
+
+`runs` is a folder of run folders, or a list [A,B]. Writes table.md, table.csv, comparison.png,
+comparison.svg and index.html into `output` (default: report/ inside the first folder).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ema_nesterov.cli import guard, parse
+from ema_nesterov.errors import ConfigError
+from ema_nesterov.reporting.figures import draw
+from ema_nesterov.reporting.page import write_page
+from ema_nesterov.reporting.runs import find_runs
+from ema_nesterov.reporting.table import COLUMNS, rows, verdicts, write_table
+
+
+@dataclass
+class Arguments:
+    runs: Any = "runs"
+    output: str | None = None
+    title: str = "Lookahead or not"
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
+    args = parse(Arguments, sys.argv[1:])
+    roots = [Path(r) for r in ([args.runs] if isinstance(args.runs, str) else args.runs)]
+    runs, others = find_runs(roots)
+    folder = Path(args.output) if args.output else roots[0] / "report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"cannot write {folder}: {e.strerror}; type output=FOLDER") from None
+    write_table(runs, folder)
+    write_page(runs, others, draw(runs, folder), folder / "index.html", args.title)
+    table = Table(*COLUMNS, title=args.title)
+    for row in rows(runs):
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for line in [*(f"not counted: {other}" for other in others), *verdicts(runs)]:
+        console.print(line, highlight=False)
+    console.print(f"table, figure and page: {folder}", highlight=False)
+
+
+if __name__ == "__main__":
+    guard(main)

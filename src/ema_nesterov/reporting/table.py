@@ -1,0 +1,75 @@
+"""The comparison as rows, printed, and written as markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+from .runs import Run, base_of
+
+COLUMNS = (
+    *("run", "seed", "steps", "perplexity", "bits/byte", "perplexity at lookahead", "bits/byte at lookahead"),
+    *("perplexity of weight EMA", "bits/byte of weight EMA", "loss - base", "steps saved"),
+)
+
+
+def rows(runs: list[Run]) -> list[list[str]]:
+    """One row a run, under COLUMNS; "-" where a run has no such number."""
+    return [_row(run, base_of(run, runs)) for run in runs]
+
+
+def _row(run: Run, base: Run | None) -> list[str]:
+    last = run.final
+    bits = last["val/bits_per_byte"] / last["val/loss"] if "val/bits_per_byte" in last else None
+    cells = [run.name, str(run.config.seed), str(run.status["step"])]
+    for key in ("val/loss", "val/lookahead_loss", "val/ema_loss"):
+        loss = last.get(key)
+        cells.append("-" if loss is None else f"{math.exp(loss):.2f}")
+        cells.append("-" if loss is None or bits is None else f"{loss * bits:.4f}")
+    difference = None if base is None else last["val/loss"] - base.final["val/loss"]
+    cells.append("-" if difference is None else f"{difference:+.4f}")
+    return [*cells, "-" if base is None else _saved(run, base)]
+
+
+def _saved(run: Run, base: Run) -> str:
+    reached = run.step_at(base.final["val/loss"])
+    if reached is None:
+        return "not reached"
+    saved = base.status["step"] - reached
+    return f"{saved:.0f} ({saved / base.status['step']:.1%})"
+
+
+def verdicts(runs: list[Run]) -> list[str]:
+    """What came out, in a sentence for each run that has a base."""
+    sentences = []
+    for run in runs:
+        base = base_of(run, runs)
+        if base is None:
+            continue
+        difference = run.final["val/loss"] - base.final["val/loss"]
+        side = "ahead of" if difference < 0 else "behind"
+        sentence = f"{run.name} ended {abs(difference):.4f} nats {side} {base.name} (seed {run.config.seed}). "
+        reached = run.step_at(base.final["val/loss"])
+        if reached is None:
+            sentence += "It never reached the base's final loss: no steps are saved."
+        else:
+            saved = base.status["step"] - reached
+            sentence += (
+                f"It reached the base's final loss at step {reached:.0f} of {base.status['step']}: "
+                f"{saved:.0f} steps ({saved / base.status['step']:.1%}) saved."
+            )
+        sentences.append(sentence)
+    pairs = len(sentences)
+    if pairs:
+        sentences.append(f"{pairs} paired run{'s' * (pairs > 1)}: one seed of a small run proves nothing; see README.md.")
+    return sentences
+
+
+def write_table(runs: list[Run], folder: Path) -> None:
+    """table.md and table.csv."""
+    body = rows(runs)
+    with open(folder / "table.csv", "w", newline="") as f:
+        csv.writer(f).writerows([COLUMNS, *body])
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *body]
+    (folder / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
