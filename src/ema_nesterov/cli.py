@@ -143,7 +143,7 @@ def key_of(override: str) -> str:
 def keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     """All keys of a config, dotted."""
     found: list[str] = []
-    for key in cfg:
+    for key in map(str, cfg):
         found.append(f"{prefix}{key}")
         node = cfg._get_node(key)
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():

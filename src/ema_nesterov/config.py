@@ -280,8 +280,8 @@ def check(cfg: DictConfig) -> None:
 def _check_keys(cfg: DictConfig, prefix: str) -> None:
     """A key added with + escapes Hydra's own check."""
     schema = OmegaConf.get_type(cfg)
-    for key in cfg:
-        if isinstance(key, str) and is_dataclass(schema) and "_target_" not in cfg:
+    for key in map(str, cfg):
+        if is_dataclass(schema) and "_target_" not in cfg:
             known = [f.name for f in fields(schema)]
             if key not in known:
                 near = get_close_matches(key, known, n=1)
@@ -320,7 +320,9 @@ def _check_dataset(cfg: DictConfig) -> None:
             f"type model.vocab_size={d.vocab_size}"
         )
     if d.layout == "rows":
-        _require(d.row_len is not None and d.pad_id is not None, "dataset.row_len", d.row_len, "set, with dataset.pad_id")
+        _require(
+            d.row_len is not None and d.pad_id is not None, "dataset.row_len", d.row_len, "set, with dataset.pad_id"
+        )
         _require(cfg.seq_len == d.row_len, "seq_len", cfg.seq_len, f"the length of a row of {d.name}, {d.row_len}")
     _require(d.val_tokens >= cfg.seq_len, "dataset.val_tokens", d.val_tokens, f"at least seq_len={cfg.seq_len}")
     _require(d.probe_tokens >= cfg.seq_len, "dataset.probe_tokens", d.probe_tokens, f"at least seq_len={cfg.seq_len}")
@@ -389,7 +391,7 @@ def run_hash(cfg: DictConfig) -> str:
 def _changed(cfg: DictConfig, prefix: str):
     schema = OmegaConf.get_type(cfg)
     defaults = {f.name: _default(f) for f in fields(schema)} if is_dataclass(schema) else {}
-    for key in cfg:
+    for key in map(str, cfg):
         path, value = f"{prefix}{key}", cfg[key]
         if path in NOT_IN_HASH:
             continue

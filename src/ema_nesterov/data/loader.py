@@ -52,8 +52,9 @@ class TokenDataset:
         need, have = steps * batch_size, len(self.train) * self.cfg.max_epochs
         if need > have:
             epochs = -(-need // len(self.train))
+            tokens = len(self.train) * self.seq_len
             raise DataError(
-                f"the run needs {need * self.seq_len} training tokens, {self.cfg.path} holds {len(self.train) * self.seq_len} "
+                f"the run needs {need * self.seq_len} training tokens, {self.cfg.path} holds {tokens} "
                 f"x dataset.max_epochs={self.cfg.max_epochs}; "
                 f"type steps={have // batch_size} or dataset.max_epochs={epochs}"
             )

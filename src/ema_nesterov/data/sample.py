@@ -85,7 +85,7 @@ def _bpe(folder: Path, train: list[str], vocab_size: int):
     bpe.save(str(folder / "tokenizer.json"))
     end = bpe.token_to_id(END_OF_TEXT)
     # in the byte-level alphabet one character stands for one byte
-    token_bytes = [0 if i == end else len(bpe.id_to_token(i)) for i in range(bpe.get_vocab_size())]
+    token_bytes = [0 if i == end else len(bpe.id_to_token(i) or "") for i in range(bpe.get_vocab_size())]
 
     def encode(documents: list[str]) -> np.ndarray:
         return np.concatenate([np.array([end, *e.ids]) for e in bpe.encode_batch(documents)])

@@ -24,6 +24,6 @@ def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-def pad_rows(weight: nn.Parameter, multiple: int) -> nn.Parameter:
+def pad_rows(weight: Tensor, multiple: int) -> nn.Parameter:
     """The weight with zero rows appended up to a multiple: fast matrix shapes, the same values."""
     return nn.Parameter(F.pad(weight.detach(), (0, 0) * (weight.ndim - 1) + (0, -weight.size(0) % multiple)))

@@ -49,9 +49,8 @@ class Llama(nn.Module):
             use_cache=False,
         )
         self.llama = LlamaForCausalLM(LlamaConfig(**options))
-        for table in (self.llama.get_input_embeddings(), self.llama.get_output_embeddings()):
+        for table in (self.llama.model.embed_tokens, self.llama.lm_head):
             table.weight = pad_rows(table.weight, pad_vocab_to)
-        self.llama.config.vocab_size = self.llama.lm_head.weight.size(0)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         logits = self.llama(input_ids=inputs).logits[..., : self.vocab_size].float()

@@ -26,6 +26,8 @@ def rms(x: Tensor) -> Tensor:
 
 
 class Rotary(nn.Module):
+    inv_freq: Tensor
+
     def __init__(self, head_dim: int):
         super().__init__()
         self.register_buffer("inv_freq", (1 / 10000) ** (torch.arange(0, head_dim, 2) / head_dim))
@@ -72,6 +74,19 @@ class Block(nn.Module):
         return x + self.mlp(rms(x))
 
 
+class Transformer(nn.Module):
+    def __init__(self, vocab_size: int, layers: int, heads: int, width: int):
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, width)
+        self.h = nn.ModuleList([Block(width, heads, layers) for _ in range(layers)])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = self.wte(inputs)
+        for block in self.h:
+            x = block(x)
+        return x
+
+
 class NanoGPT124M(nn.Module):
     """`model(inputs, targets)` is the mean loss over targets != -100, `model(inputs)` the logits.
 
@@ -83,19 +98,10 @@ class NanoGPT124M(nn.Module):
     def __init__(self, vocab_size: int, layers: int, heads: int, width: int, pad_vocab_to: int = 1):
         super().__init__()
         self.vocab_size = vocab_size
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocab_size, width),
-                "h": nn.ModuleList([Block(width, heads, layers) for _ in range(layers)]),
-            }
-        )
+        self.transformer = Transformer(vocab_size, layers, heads, width)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
-        self.lm_head.weight = pad_rows(self.lm_head.weight, pad_vocab_to)
-        self.transformer.wte.weight = self.lm_head.weight
+        self.lm_head.weight = self.transformer.wte.weight = pad_rows(self.lm_head.weight, pad_vocab_to)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        x = self.transformer.wte(inputs)
-        for block in self.transformer.h:
-            x = block(x)
-        logits = self.lm_head(rms(x))[..., : self.vocab_size].float()
+        logits = self.lm_head(rms(self.transformer(inputs)))[..., : self.vocab_size].float()
         return logits if targets is None else language_model_loss(logits, targets)

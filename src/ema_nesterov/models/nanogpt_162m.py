@@ -38,6 +38,8 @@ class Linear(nn.Linear):
 class Rotary(nn.Module):
     """Half of the frequencies run from 1 to 1/1024, the other half are 0: no rotation."""
 
+    angular_freq: Tensor
+
     def __init__(self, head_dim: int):
         super().__init__()
         turning = (1 / 1024) ** torch.linspace(0, 1, steps=head_dim // 4, dtype=torch.float32)

@@ -32,9 +32,7 @@ def parameter_roles(model: nn.Module) -> dict[str, list[Tensor]]:
     for p in model.parameters():  # yields a tied parameter once
         if p.requires_grad:
             role = (
-                "embedding"
-                if id(p) in tables
-                else "head" if id(p) in heads else "vector" if p.ndim < 2 else "matrix"
+                "embedding" if id(p) in tables else "head" if id(p) in heads else "vector" if p.ndim < 2 else "matrix"
             )
             roles[role].append(p)
     return roles

@@ -33,7 +33,7 @@ def newton_schulz(matrices: Tensor, method: str = "quintic5", dtype: torch.dtype
     tall = x.size(-2) > x.size(-1)
     if tall:  # so that X X^T is the smaller of the two Gram matrices
         x = x.mT
-    shape, x = x.shape, x.flatten(0, -3)
+    shape, x = x.shape, x.reshape(-1, *x.shape[-2:])
     for a, b, c in STEPS[method]:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

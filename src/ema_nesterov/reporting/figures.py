@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 
 from .runs import Run, base_of
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.figsize": (12, 3.8),
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -62,7 +62,9 @@ def verdicts(runs: list[Run]) -> list[str]:
         sentences.append(sentence)
     pairs = len(sentences)
     if pairs:
-        sentences.append(f"{pairs} paired run{'s' * (pairs > 1)}: one seed of a small run proves nothing; see README.md.")
+        sentences.append(
+            f"{pairs} paired run{'s' * (pairs > 1)}: one seed of a small run proves nothing; see README.md."
+        )
     return sentences
 
 

@@ -60,8 +60,8 @@ def train(
     clock = Clock(cfg, model, ranks)
     start = resume(checkpoints, model, optimizer, ranks, clock)
 
-    compiled = torch.compile(model, dynamic=False) if compiles(cfg, device) else model
-    replica = DistributedDataParallel(compiled) if ranks.size > 1 else compiled
+    compiled: Any = torch.compile(model, dynamic=False) if compiles(cfg, device) else model
+    replica: Any = DistributedDataParallel(compiled) if ranks.size > 1 else compiled
     precision = autocast(device, cfg.model.get("autocast", True))
     fix_bucket_layout(replica, (micro_batch_size, cfg.seq_len), ranks, precision)
 
@@ -69,9 +69,11 @@ def train(
     evaluate = partial(evaluate_on, dataset, compiled, ranks, micro_batch_size, eval_precision)
     full_alpha = None if cfg.lookahead.name == "none" else cfg.lookahead.alpha
     tokens_per_step = cfg.batch_size * cfg.seq_len
-    read = partial(dataset.batch, batch_size=cfg.batch_size, rank=ranks.rank, ranks=ranks.size, micro_batch_size=micro_batch_size)  # fmt: skip
 
-    def log(step: int, **values: float | str) -> None:
+    def read(step: int) -> list[MicroBatch]:
+        return dataset.batch(step, cfg.batch_size, ranks.rank, ranks.size, micro_batch_size)
+
+    def log(step: int, **values: Any) -> None:
         logs.write({"step": step, "tokens": step * tokens_per_step, "time": clock.seconds(), **values})
 
     def log_validation(step: int) -> None:
@@ -108,8 +110,8 @@ def train(
             assert norm is not None
             log(
                 step,
-                **{"train/loss": value, "train/grad_norm": norm.item()},
-                **{"optim/lr": optimizer.param_groups[-1]["lr"], "optim/alpha": alpha(step - 1)},
+                **{"train/loss": value, "train/grad_norm": float(norm)},
+                **{"optim/lr": float(optimizer.param_groups[-1]["lr"]), "optim/alpha": alpha(step - 1)},
                 **clock.speed(step),
             )
             if not math.isfinite(value):

@@ -48,19 +48,21 @@ def run(cfg: DictConfig) -> int:
         group.barrier()
         checkpoints = list_checkpoints(folder / "checkpoints")
         step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
-        with status(folder, group, resumed_from=step if checkpoints else None) as outcome:
-            with open_logs(cfg, folder, identity, step) if group.is_first else silence() as logs:
-                logs.say(describe(cfg, folder, group, micro_batch_size, step))
-                try:
-                    outcome["step"] = train(cfg, folder, dataset, group, micro_batch_size, checkpoints, logs)
-                except Diverged as e:
-                    outcome.update(exit_code=DIVERGED, message=str(e), step=e.step)
-                    logs.say(f"diverged: {e}")
-                except torch.OutOfMemoryError:
-                    smaller = max(1, micro_batch_size // 2)
-                    message = f"out of memory with micro_batch_size={micro_batch_size}; type micro_batch_size={smaller}"
-                    outcome.update(exit_code=FAILED, message=message)
-                    print(f"error: {message}", file=sys.stderr, flush=True)
+        with (
+            status(folder, group, resumed_from=step if checkpoints else None) as outcome,
+            open_logs(cfg, folder, identity, step) if group.is_first else silence() as logs,
+        ):
+            logs.say(describe(cfg, folder, group, micro_batch_size, step))
+            try:
+                outcome["step"] = train(cfg, folder, dataset, group, micro_batch_size, checkpoints, logs)
+            except Diverged as e:
+                outcome.update(exit_code=DIVERGED, message=str(e), step=e.step)
+                logs.say(f"diverged: {e}")
+            except torch.OutOfMemoryError:
+                smaller = max(1, micro_batch_size // 2)
+                message = f"out of memory with micro_batch_size={micro_batch_size}; type micro_batch_size={smaller}"
+                outcome.update(exit_code=FAILED, message=message)
+                print(f"error: {message}", file=sys.stderr, flush=True)
         return outcome["exit_code"]
 
 

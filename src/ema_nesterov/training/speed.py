@@ -28,7 +28,9 @@ class Clock:
         self.earlier = 0.0  # seconds of the run before it was resumed
         self.ranks = ranks
         self.tokens_per_step = cfg.batch_size * cfg.seq_len
-        self.flops_per_token = flops_per_token(model, cfg.model.get("layers", 0), cfg.model.get("width", 0), cfg.seq_len)
+        self.flops_per_token = flops_per_token(
+            model, cfg.model.get("layers", 0), cfg.model.get("width", 0), cfg.seq_len
+        )
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
         self.peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
         self.began = time.monotonic()

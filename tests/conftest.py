@@ -1,0 +1,90 @@
+"""Shared fixtures: the prepared sample dataset, and runs small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+import ema_nesterov.config  # noqa: F401  (registers the schemas)
+from ema_nesterov.data.sample import prepare_sample
+from ema_nesterov.training.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+TINY = (
+    *("model.layers=2", "model.heads=2", "model.width=32", "steps=10", "seq_len=32", "batch_size=12", "log_every=1"),
+    *("eval_every=5", "probe_every=5", "checkpoint_every=3", "micro_batch_size=2", "trainer.keep_checkpoints=99"),
+    *("dataset.val_tokens=1024", "dataset.probe_tokens=256", "lookahead.warmup_steps=2", "lookahead.rest_steps=2"),
+    "lookahead.ema_decay=0.8",
+)
+
+
+def composed(*overrides: str) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared sample dataset, once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    prepare_sample(shared / "sample", "sample_bpe4096", 4096)
+    return shared / "sample"
+
+
+def train_process(*overrides: str, ranks: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """scripts/train.py in a process of its own; ranks > 0: under a real torchrun."""
+    script = str(ROOT / "scripts" / "train.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*(torchrun if ranks else [sys.executable]), script, *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **kwargs)
+
+
+def run_folder(runs_dir: Path) -> Path:
+    """The one run folder below runs_dir."""
+    (status,) = runs_dir.rglob("status.json")
+    return status.parent
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in lines]
+
+
+def final_state(folder: Path, step: int = 10) -> dict[str, Any]:
+    state = load_checkpoint(folder / "checkpoints" / f"step_{step:08d}")
+    del state["seconds"]
+    return state
+
+
+def assert_same(a: Any, b: Any, path: str = "state") -> None:
+    """Equal bit for bit, all the way down."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
