@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from ema_nesterov.config import alpha_schedule, check, lr_schedule, run_hash, steps_of
+from ema_nesterov.errors import ConfigError
+from tests.conftest import ROOT, composed
+
+EXPERIMENTS = sorted(
+    str(p.relative_to(ROOT / "configs" / "experiment").with_suffix(""))
+    for p in (ROOT / "configs" / "experiment").rglob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_is_valid(experiment: str) -> None:
+    cfg = composed(f"experiment={experiment}")
+    check(cfg)
+    assert cfg.name == experiment
+
+
+@pytest.mark.parametrize("group", ["model", "dataset", "optimizer", "lookahead", "schedule", "trainer", "logger"])
+def test_every_option_composes(group: str) -> None:
+    for path in (ROOT / "configs" / group).glob("*.yaml"):
+        cfg = composed(f"{group}={path.stem}")
+        assert not OmegaConf.missing_keys(cfg)
+        if group not in ("dataset",):  # a dataset may not fit the default model's vocabulary
+            check(composed(f"{group}={path.stem}", "dataset.vocab_size=100"))
+
+
+def test_the_papers_numbers_stand_in_the_experiments() -> None:
+    cfg = composed("experiment=nanogpt_124m/muon_ema_nesterov")
+    assert (cfg.steps, cfg.batch_size * cfg.seq_len) == (6200, 524_288)
+    assert (cfg.optimizer.lr, cfg.optimizer.adam.embedding_lr) == (3.6e-4, 3.6e-3)
+    alpha, lr = alpha_schedule(cfg), lr_schedule(cfg)
+    assert [alpha(t) for t in (1799, 1800, 4400, 5600)] == [0.0, 0.5, 0.5, 0.0]
+    assert alpha(5599) == pytest.approx(0.167, abs=1e-3)
+    assert (lr(4399), lr(5300)) == (1.0, 0.5)
+    track3 = alpha_schedule(composed("experiment=nanogpt_162m/muon_ema_nesterov"))
+    assert [track3(t) > 0 for t in (499, 500, 2399, 2400)] == [False, True, True, False]
+    llama = alpha_schedule(composed("experiment=llama_60m/muon_ema_nesterov"))
+    assert [llama(t) for t in (749, 750, 1999, 2000)] == [0.0, 0.7, 0.7, 0.0]
+
+
+def test_pairs_differ_in_nothing_but_the_lookahead() -> None:
+    for pair in ("quickstart", "nanogpt_124m", "llama_60m"):
+        base, wrapped = (
+            OmegaConf.to_container(composed(f"experiment={pair}/{name}"), resolve=True)
+            for name in ("muon", "muon_ema_nesterov")
+        )
+        assert {key for key in base if base[key] != wrapped[key]} == {"name", "lookahead"}
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ("seed=3",),
+        ("runs_dir=elsewhere", "micro_batch_size=1", "log_every=7", "eval_every=3"),
+        ("logger=wandb", "trainer.device=cpu", "trainer.workers=0"),
+        ("optimizer.momentum=0.95",),  # the default
+    ],
+)
+def test_the_hash_ignores_what_does_not_change_the_result(same: tuple[str, ...]) -> None:
+    assert run_hash(composed(*same)) == run_hash(composed())
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["steps=401", "lookahead.alpha=0.4", "optimizer.adam.eps=1e-9", "lookahead=none", "model.layers=3", "seq_len=128"],
+)
+def test_the_hash_tells_runs_with_other_results_apart(other: str) -> None:
+    assert run_hash(composed(other)) != run_hash(composed())
+
+
+def test_a_new_key_with_a_default_renames_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = composed()
+    before = run_hash(cfg)
+    from dataclasses import field, make_dataclass
+
+    from ema_nesterov import config
+
+    wider = make_dataclass("MuonConfig", [("new_key", int, field(default=7))], bases=(config.MuonConfig,))
+    cfg.optimizer = OmegaConf.merge(OmegaConf.structured(wider), dict(cfg.optimizer))
+    assert run_hash(cfg) == before
+    cfg.optimizer.new_key = 8
+    assert run_hash(cfg) != before
+
+
+@pytest.mark.parametrize(("length", "steps"), [(0, 0), (0.29, 116), (1, 1), (250, 250)])
+def test_lengths_below_one_are_fractions_of_the_run(length: float, steps: int) -> None:
+    assert steps_of(length, 400) == steps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset=fineweb"], r"dataset fineweb has 50257 tokens, model tiny only 4096; type model.vocab_size=50257"),
+        (["steps=0"], "steps=0 must be at least 1"),
+        (["model.heads=3"], "model.width=128 must be a multiple of"),
+        (["+lookahead.alfa=1"], "unknown key lookahead.alfa; did you mean lookahead.alpha"),
+        (["+colour=1"], "unknown key colour"),
+        (["optimizer.scale=spektral"], "did you mean spectral"),
+        (["lookahead.warmup_steps=300", "lookahead.rest_steps=300"], "do not fit into 400 steps"),
+        (["schedule.decay_steps=2.5"], "schedule.decay_steps must be a fraction below 1 or a whole number"),
+        (["lookahead.ema_decay=1.0"], r"lookahead.ema_decay=1.0 must be in \[0, 1\)"),
+        (["lookahead.alpha=-0.1"], "lookahead.alpha"),
+        (["name=../elsewhere"], "name="),
+        (["optimizer.adam.betas=[0.9]"], "two numbers"),
+        (["dataset=c4", "model=llama_60m", "seq_len=128"], "seq_len=128 must be the length of a row of c4, 256"),
+        (["model=llama_60m", "seq_len=4096"], "model.max_seq_len=2048"),
+        (["dataset.val_tokens=5"], "dataset.val_tokens=5 must be at least seq_len"),
+        (["trainer.device=gpu"], "trainer.device=gpu must be one of auto, cpu, cuda"),
+        (["trainer.grad_clip=-1"], "trainer.grad_clip"),
+        (["micro_batch_size=0"], "micro_batch_size=0"),
+    ],
+)
+def test_an_impossible_combination_is_refused_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        check(composed(*overrides))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("typo", ["lookahead.alhpa=0.5", "optimizer.lr=fast", "stpes=3", "model.layers=two"])
+def test_a_typo_or_a_wrong_type_fails_at_composition(typo: str) -> None:
+    with pytest.raises(ConfigCompositionException):
+        composed(typo)
+
+
+def test_no_experiment_is_forgotten() -> None:
+    assert len(EXPERIMENTS) >= 8
+    assert Path(ROOT / "configs" / "experiment").is_dir()

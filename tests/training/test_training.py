@@ -1,0 +1,323 @@
+"""Real runs, in this process or under a real torchrun, on the real sample text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ema_nesterov.errors import ConfigError
+from ema_nesterov.training.checkpoint import load_checkpoint, save_checkpoint
+from ema_nesterov.training.run import DIVERGED, FINISHED, read_status, run, split_batch
+from tests.conftest import (
+    ROOT,
+    TINY,
+    assert_same,
+    composed,
+    final_state,
+    read_metrics,
+    run_folder,
+    train_process,
+)
+
+
+def train(runs: Path, sample: Path, *overrides: str) -> Path:
+    """A finished run in this process; returns its folder."""
+    assert run(composed(*TINY, f"runs_dir={runs}", f"dataset.path={sample}", *overrides)) == FINISHED
+    return run_folder(runs)
+
+
+def stop_after(folder: Path, step: int) -> None:
+    """Make a finished run's folder look as if it had been killed after the checkpoint of `step`."""
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    status = read_status(folder)
+    (folder / "status.json").write_text(json.dumps({**status, "status": "running"}))
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert read_metrics(a) == read_metrics(b)
+    assert_same(final_state(a), final_state(b))
+    assert_same(load_file(a / "model.safetensors"), load_file(b / "model.safetensors"))
+
+
+@pytest.mark.parametrize("stopped_at", [0, 3, 6, 9, 10])
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, sample: Path, stopped_at: int) -> None:
+    straight = train(tmp_path / "straight", sample)
+    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
+    resumed = run_folder(tmp_path / "stopped")
+    stop_after(resumed, stopped_at)
+    with open(resumed / "metrics.jsonl", "a") as f:
+        f.write('{"step": 10, "cut')  # a line that a crash cut short
+    train(tmp_path / "stopped", sample)
+    assert_same_run(straight, resumed)
+    assert read_status(resumed)["resumed_from"] == (stopped_at or None)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("lookahead=none", "probe_every=5"),
+        ("lookahead=none", "probe_every=0"),
+        ("lookahead=nesterov", "lookahead.warmup_steps=2", "lookahead.rest_steps=2"),
+        ("optimizer=adamw", "trainer.grad_clip=0.5"),
+        ("schedule=wsd_exponential", "lookahead.warm_start=true"),
+    ],
+)
+def test_every_kind_of_run_resumes_exactly(tmp_path: Path, sample: Path, variant: tuple[str, ...]) -> None:
+    tiny = TINY if "lookahead" not in variant[0] else [o for o in TINY if not o.startswith("lookahead.")]
+    overrides = [*tiny, f"dataset.path={sample}", *variant]
+    for name in ("straight", "stopped"):
+        assert run(composed(*overrides, f"runs_dir={tmp_path / name}")) == FINISHED
+    stop_after(run_folder(tmp_path / "stopped"), 6)
+    assert run(composed(*overrides, f"runs_dir={tmp_path / 'stopped'}")) == FINISHED
+    assert_same_run(run_folder(tmp_path / "straight"), run_folder(tmp_path / "stopped"))
+
+
+def test_evaluation_and_probes_change_no_bit_of_the_training(tmp_path: Path, sample: Path) -> None:
+    watched = train(tmp_path / "watched", sample)
+    alone = train(tmp_path / "alone", sample, "eval_every=0", "probe_every=0", "log_every=5", "checkpoint_every=0")
+    assert_same(final_state(watched), final_state(alone))
+    losses = {line["step"]: line["train/loss"] for line in read_metrics(watched) if "train/loss" in line}
+    assert [line["train/loss"] for line in read_metrics(alone) if "train/loss" in line] == [losses[5], losses[10]]
+
+
+def test_the_probes_ema_changes_no_bit_of_a_base_run(tmp_path: Path, sample: Path) -> None:
+    tiny = [o for o in TINY if not o.startswith("lookahead.")]
+    folders = []
+    for every in (0, 5):
+        runs = tmp_path / str(every)
+        overrides = (*tiny, "lookahead=none", f"probe_every={every}", f"runs_dir={runs}", f"dataset.path={sample}")
+        assert run(composed(*overrides)) == FINISHED
+        folders.append(run_folder(runs))
+    without, with_probe = (load_file(folder / "model.safetensors") for folder in folders)
+    assert_same(without, with_probe)
+    assert any("probe/loss" in line for line in read_metrics(folders[1]))
+    assert not any("val/ema_loss" in line for line in read_metrics(folders[0]))
+
+
+def test_the_micro_batch_changes_losses_by_rounding_alone(tmp_path: Path, sample: Path) -> None:
+    whole = read_metrics(train(tmp_path / "whole", sample, "micro_batch_size=12"))
+    parts = read_metrics(train(tmp_path / "parts", sample, "micro_batch_size=1"))
+    for a, b in zip(whole, parts, strict=True):
+        for key in a:
+            assert a[key] == (pytest.approx(b[key], abs=1e-5, rel=1e-5) if isinstance(a[key], float) else b[key])
+
+
+def test_metrics_hold_what_the_design_promises(tmp_path: Path, sample: Path) -> None:
+    folder = train(tmp_path, sample)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all({"step", "tokens", "time"} <= set(line) for line in lines)
+    assert all(line["tokens"] == line["step"] * 12 * 32 for line in lines)
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 11))
+    assert all(
+        {"train/grad_norm", "optim/lr", "optim/alpha", "perf/step_ms", "perf/tokens_per_second"} <= set(line)
+        for line in training
+    )
+    assert [line["optim/alpha"] > 0 for line in training] == [2 <= t < 8 for t in range(10)]
+    validation = [line for line in lines if "val/loss" in line]
+    assert [line["step"] for line in validation] == [0, 5, 10]
+    assert {"val/perplexity", "val/lookahead_loss", "val/ema_loss", "val/bits_per_byte"} <= set(validation[-1])
+    positions = [line["probe/position"] for line in lines if line.get("probe/direction") == "ema"]
+    assert positions == 2 * [i / 4 for i in range(-4, 9)]
+    at_x = {line["step"]: line["probe/loss"] for line in lines if line.get("probe/position") == 0.0}
+    assert len(at_x) == 2
+    assert read_status(folder) == {
+        "status": "finished",
+        "step": 10,
+        "message": "",
+        "exit_code": 0,
+        "resumed_from": None,
+    }
+
+
+def test_the_probe_agrees_with_the_validation(tmp_path: Path, sample: Path) -> None:
+    """On the same tokens the probe's a = 0 is val/loss, and a = alpha along the EMA is val/lookahead_loss."""
+    folder = train(tmp_path, sample, "dataset.probe_tokens=1024", "lookahead.alpha=0.75")
+    lines = read_metrics(folder)
+    for step in (5, 10):
+        validation = next(line for line in lines if line["step"] == step and "val/loss" in line)
+        probe = {
+            (line["probe/direction"], line["probe/position"]): line["probe/loss"]
+            for line in lines
+            if line["step"] == step and "probe/loss" in line
+        }
+        assert probe["ema", 0.0] == probe["step", 0.0] == pytest.approx(validation["val/loss"], abs=1e-6)
+        assert probe["ema", 0.75] == pytest.approx(validation["val/lookahead_loss"], abs=1e-5)
+
+
+def test_exported_weights_are_the_iterate_and_checkpoints_the_lookahead_point(tmp_path: Path, sample: Path) -> None:
+    from ema_nesterov.models import build_model
+    from ema_nesterov.optim.build import build_optimizer
+
+    folder = train(tmp_path, sample)
+    model = build_model(composed(*TINY).model)
+    optimizer = build_optimizer(model, composed(*TINY))
+
+    def restore(step: int) -> None:
+        state = final_state(folder, step)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    restore(6)  # in the middle, alpha is above 0
+    y = [p.detach().clone() for p in model.parameters()]
+    with optimizer.at_iterate():
+        assert not any(torch.equal(x, held) for x, held in zip(model.parameters(), y, strict=True))
+    restore(10)
+    with optimizer.at_iterate():
+        exported = load_file(folder / "model.safetensors")
+        assert all(torch.equal(p, exported.pop(name)) for name, p in model.named_parameters())
+        assert not exported
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_resume_bit_for_bit_and_agree_with_one(tmp_path: Path, sample: Path, ranks: int) -> None:
+    overrides = [*TINY, f"dataset.path={sample}", "steps=24", "checkpoint_every=11", "eval_every=12", "probe_every=12"]
+    for name in ("straight", "stopped"):
+        done = train_process(*overrides, f"runs_dir={tmp_path / name}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        if name == "stopped":
+            stop_after(run_folder(tmp_path / name), 11)
+            done = train_process(*overrides, f"runs_dir={tmp_path / name}", ranks=ranks)
+            assert "resuming at step 11" in done.stdout
+    straight, stopped = (run_folder(tmp_path / name) for name in ("straight", "stopped"))
+    assert read_metrics(straight) == read_metrics(stopped)
+    assert_same(final_state(straight, 24), final_state(stopped, 24))
+
+    assert run(composed(*overrides, f"runs_dir={tmp_path / 'one'}")) == FINISHED
+    for a, b in zip(read_metrics(run_folder(tmp_path / "one")), read_metrics(straight), strict=True):
+        for key in a:
+            assert a[key] == (pytest.approx(b[key], abs=1e-5, rel=1e-4) if isinstance(a[key], float) else b[key])
+        if "train/loss" in a:
+            assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-5)
+
+
+def test_a_killed_process_goes_on_with_the_same_command(tmp_path: Path, sample: Path) -> None:
+    overrides = [*TINY, f"dataset.path={sample}", "steps=60", "checkpoint_every=1", "eval_every=20", "probe_every=0"]
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *overrides, f"runs_dir={tmp_path / 'killed'}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").rglob("step_00000007")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert run(composed(*overrides, f"runs_dir={tmp_path / 'killed'}")) == FINISHED
+    assert run(composed(*overrides, f"runs_dir={tmp_path / 'straight'}")) == FINISHED
+    killed, straight = run_folder(tmp_path / "killed"), run_folder(tmp_path / "straight")
+    assert read_status(killed)["resumed_from"] >= 7
+    assert read_metrics(killed) == read_metrics(straight)
+    assert_same(final_state(killed, 60), final_state(straight, 60))
+
+
+def test_ranks_that_find_no_data_prepare_it_once(tmp_path: Path) -> None:
+    """The real text from the package, by two ranks at a time, when dataset.path does not exist yet."""
+    path = tmp_path / "data" / "sample"
+    done = train_process(*TINY, "steps=5", f"runs_dir={tmp_path / 'runs'}", f"dataset.path={path}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in path.iterdir()} == {
+        *("manifest.json", "tokenizer.json", "sample_train_000000.bin", "sample_val_000000.bin")
+    }
+
+
+def test_a_finished_run_is_taken_as_it_is(tmp_path: Path, sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train(tmp_path, sample)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    train(tmp_path, sample)
+    assert "finished already" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_a_diverged_run_says_so_and_exits_86(tmp_path: Path, sample: Path) -> None:
+    cfg = composed(*TINY, "optimizer=adamw", "optimizer.lr=1e30", f"runs_dir={tmp_path}", f"dataset.path={sample}")
+    assert run(cfg) == DIVERGED
+    status = read_status(run_folder(tmp_path))
+    assert (status["status"], status["exit_code"]) == ("diverged", 86)
+    assert "smaller learning rate" in status["message"]
+
+
+def test_old_checkpoints_go_and_half_written_ones_are_not_seen(tmp_path: Path) -> None:
+    state = {"step": 1, "numbers": (1, 2.5, None), "nested": {3: [torch.arange(3), {"a": True}]}}
+    state["tied"] = state["nested"][3][0]  # type: ignore[index]
+    for step in (1, 2, 3):
+        path = save_checkpoint(tmp_path, step, state, keep=2)
+    (tmp_path / ".step_00000004.writing").mkdir()
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
+    assert_same(load_checkpoint(path), state)
+
+
+def test_wandb_offline_mirrors_the_run_under_one_id(tmp_path: Path, sample: Path) -> None:
+    """Real wandb, offline, through a stop and a resume: both parts carry the same id and group."""
+    overrides = [*TINY, f"dataset.path={sample}", "logger=wandb", "logger.tags=[mine]", f"runs_dir={tmp_path}"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "none"),
+    }
+    done = train_process(*overrides, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("W&B has no key") == 1
+    folder = run_folder(tmp_path)
+    stop_after(folder, 6)
+    time.sleep(1.1)  # wandb names its folders by the second
+    assert train_process(*overrides, env=environment).returncode == 0
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    identity = f"{folder.parent.parent.name}-{folder.parent.name}"
+    assert [f.name for f in files] == 2 * [f"run-{identity}-seed0.wandb"]
+    content = files[0].read_bytes()
+    group = f"{folder.parent.parent.name}/{folder.parent.name}"
+    for text in (group, "train/loss", "val/lookahead_loss", "probe/ema/+0.50", "mine", "ema_nesterov"):
+        assert text.encode() in content
+
+
+def test_plugins_bring_in_a_users_own_classes(tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_module.py").write_text(
+        "import torch\n"
+        "from ema_nesterov.models import NanoGPT124M\n"
+        "def Small(width): return NanoGPT124M(4096, 1, 2, width)\n"
+        "class MySGD(torch.optim.SGD): pass\n"
+    )
+    configs = tmp_path / "configs"
+    for group, text in (("model", "_target_: my_module.Small\nname: small\nwidth: 16\n"),
+                        ("optimizer", "_target_: my_module.MySGD\nname: mine\nlr: 0.1\n")):  # fmt: skip
+        (configs / group).mkdir(parents=True)
+        (configs / group / "mine.yaml").write_text(text)
+    common = ["--config-dir", str(configs), "model=mine", "optimizer=mine", "steps=2", "seq_len=16", "batch_size=2"]
+    common += ["dataset.val_tokens=64", f"dataset.path={sample}", f"runs_dir={tmp_path / 'runs'}"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    refused = train_process(*common, env=environment)
+    assert refused.returncode == 2
+    assert "type plugins=[my_module]" in refused.stderr
+    done = train_process(*common, "plugins=[my_module]", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"mine_ema_nesterov-[0-9a-f]{8}", run_folder(tmp_path / "runs").parent.name)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "expected"),
+    [(16, None, 1, 16), (512, None, 1, 64), (512, 64, 16, 32), (12, 2, 3, 2), (100, None, 1, 50)],
+)
+def test_the_batch_is_split_evenly(batch: int, micro: int | None, ranks: int, expected: int) -> None:
+    cfg = composed(f"batch_size={batch}", f"micro_batch_size={'null' if micro is None else micro}")
+    assert split_batch(cfg, ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "advice"),
+    [(16, None, 3, "type batch_size=15"), (16, 5, 1, "type micro_batch_size=4"), (1, None, 2, "type batch_size=2")],
+)
+def test_a_batch_that_does_not_divide_is_refused(batch: int, micro: int | None, ranks: int, advice: str) -> None:
+    cfg = composed(f"batch_size={batch}", f"micro_batch_size={'null' if micro is None else micro}")
+    with pytest.raises(ConfigError, match=advice):
+        split_batch(cfg, ranks)
