@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +20,7 @@ from ema_nesterov.errors import ConfigError
 from ema_nesterov.reporting.figures import draw
 from ema_nesterov.reporting.page import write_page
 from ema_nesterov.reporting.runs import find_runs
-from ema_nesterov.reporting.table import COLUMNS, rows, verdicts, write_table
+from ema_nesterov.reporting.table import COLUMNS, LEGEND, rows, verdicts, write_table
 
 
 @dataclass
@@ -43,12 +44,14 @@ def main() -> None:
         raise ConfigError(f"cannot write {folder}: {e.strerror}; type output=FOLDER") from None
     write_table(runs, folder)
     write_page(runs, others, draw(runs, folder), folder / "index.html", args.title)
-    table = Table(*COLUMNS, title=args.title)
+    table = Table(title=args.title, box=SIMPLE_HEAD)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
     for row in rows(runs):
         table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
-    for line in [*(f"not counted: {other}" for other in others), *verdicts(runs)]:
+    for line in [LEGEND, "", *(f"not counted: {other}" for other in others), *verdicts(runs)]:
         console.print(line, highlight=False)
     console.print(f"table, figure and page: {folder}", highlight=False)
 

@@ -6,8 +6,9 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from ema_nesterov.config import alpha_schedule, check, lr_schedule, run_hash, steps_of
+from ema_nesterov.config import alpha_schedule, check, lr_schedule, steps_of
 from ema_nesterov.errors import ConfigError
+from ema_nesterov.training.identity import run_hash
 from tests.conftest import ROOT, composed
 
 EXPERIMENTS = sorted(

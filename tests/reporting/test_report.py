@@ -74,11 +74,19 @@ def test_the_numbers_are_those_of_the_metrics(study: Path) -> None:
 
 def test_losing_is_said_as_plainly_as_winning(study: Path) -> None:
     runs, _ = find_runs([study])
-    ahead, behind, caution = verdicts(runs)
+    ahead, behind, caution, _ = verdicts(runs)
     assert "0.1000 nats ahead of study/none" in ahead
     assert "0.2000 nats behind study/none" in behind
     assert "no steps are saved" in behind
     assert "one seed" in caution
+
+
+def test_seeds_are_averaged_as_pairs(tmp_path: Path) -> None:
+    for seed, loss in ((0, 3.9), (1, 3.7)):
+        fake_run(tmp_path, "none", [8.0, 4.0], f"seed={seed}")
+        fake_run(tmp_path, "ema_nesterov", [8.0, loss], f"seed={seed}")
+    runs, _ = find_runs([tmp_path])
+    assert "-0.2000 nats against its base, mean of 2 paired runs, standard deviation 0.1414" in verdicts(runs)[-1]
 
 
 def test_table_figure_and_page_are_written(study: Path, tmp_path: Path) -> None:

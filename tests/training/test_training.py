@@ -107,6 +107,15 @@ def test_the_probes_ema_changes_no_bit_of_a_base_run(tmp_path: Path, sample: Pat
     assert not any("val/ema_loss" in line for line in read_metrics(folders[0]))
 
 
+def test_probes_switched_on_in_mid_run_are_refused(tmp_path: Path, sample: Path) -> None:
+    tiny = [o for o in TINY if not o.startswith(("lookahead.", "probe_every"))]
+    overrides = [*tiny, "lookahead=none", f"runs_dir={tmp_path}", f"dataset.path={sample}"]
+    assert run(composed(*overrides, "probe_every=0")) == FINISHED
+    stop_after(run_folder(tmp_path), 6)
+    with pytest.raises(ConfigError, match="holds no wrapper, this config builds EMANesterov"):
+        run(composed(*overrides, "probe_every=5"))
+
+
 def test_the_micro_batch_changes_losses_by_rounding_alone(tmp_path: Path, sample: Path) -> None:
     whole = read_metrics(train(tmp_path / "whole", sample, "micro_batch_size=12"))
     parts = read_metrics(train(tmp_path / "parts", sample, "micro_batch_size=1"))

@@ -120,6 +120,7 @@ def prefetch(
     def load(step: int) -> list[MicroBatch]:
         if device.type == "cpu":
             return read(step)
+        torch.cuda.set_device(device)  # a new thread starts on the first GPU
         pinned = [(b.inputs.pin_memory(), b.targets.pin_memory()) for b in read(step)]
         return [MicroBatch(*(t.to(device, non_blocking=True) for t in pair)) for pair in pinned]
 

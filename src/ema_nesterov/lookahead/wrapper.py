@@ -206,7 +206,8 @@ class Wrapper(Optimizer):
             held[:] = [b.to(p.device, buffer_dtype(p), copy=True) for b, p in zip(loaded, parameters, strict=False)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        # a learning-rate scheduler leaves a patched step() on the instance, which cannot be pickled
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(alpha={self.alpha}, base={self.base})"

@@ -25,16 +25,21 @@ def parameter_roles(model: nn.Module) -> dict[str, list[Tensor]]:
     embedding: tables of nn.Embedding (a tied head included). head: the weight of an nn.Linear with as
     many rows as a table. vector: fewer than two dimensions. matrix: the rest.
     """
-    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    rows = {table.size(0) for table in tables.values()}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    rows = {m.weight.size(0) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.weight.size(0) in rows}
+
+    def role_of(p: Tensor) -> str:
+        if id(p) in tables:
+            return "embedding"
+        if id(p) in heads:
+            return "head"
+        return "vector" if p.ndim < 2 else "matrix"
+
     roles: dict[str, list[Tensor]] = {role: [] for role in ROLES}
-    for p in model.parameters():  # yields a tied parameter once
+    for p in model.parameters():  # a tied parameter comes once
         if p.requires_grad:
-            role = (
-                "embedding" if id(p) in tables else "head" if id(p) in heads else "vector" if p.ndim < 2 else "matrix"
-            )
-            roles[role].append(p)
+            roles[role_of(p)].append(p)
     return roles
 
 

@@ -59,7 +59,8 @@ class Chain(Optimizer):
         self.param_groups[:] = [group for o in self.optimizers for group in o.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        # a learning-rate scheduler leaves a patched step() on the instance, which cannot be pickled
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
 
     def __repr__(self) -> str:
         return f"Chain({self.optimizers})"

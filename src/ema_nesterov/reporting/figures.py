@@ -73,29 +73,24 @@ def draw_differences(axes: Axes, runs: list[Run], colors: dict[int, str]) -> Non
 
 
 def draw_probe(axes: Axes, runs: list[Run], colors: dict[int, str]) -> None:
-    """The loss along x + a d, relative to the loss at x, at each run's last probe before the end."""
+    """The loss along x + a d, relative to the loss at x, at each run's middle probe."""
     axes.axhline(0, color="black", lw=0.8)
+    axes.axvline(0, color="black", lw=0.8)
     for run in runs:
         steps = sorted({line["step"] for line in run.metrics if "probe/loss" in line})
         if not steps:
             continue
-        step = steps[len(steps) // 2 - 1] if len(steps) > 1 else steps[0]
-        for direction, style in (("ema", "-"), ("step", ":")):
-            points = [
-                (line["probe/position"], line["probe/loss"])
+        step = steps[(len(steps) - 1) // 2]
+        for direction, style, name in (("ema", "-", "EMA"), ("step", ":", "last update")):
+            losses = {
+                line["probe/position"]: line["probe/loss"]
                 for line in run.metrics
                 if line["step"] == step and line.get("probe/direction") == direction
-            ]
-            if points:
-                at_x = dict(points)[0.0]
-                axes.plot(
-                    [a for a, _ in points],
-                    [v - at_x for _, v in points],
-                    color=colors[id(run)],
-                    ls=style,
-                    label=f"{run.label}, {'EMA' if direction == 'ema' else 'last update'} (step {step})",
-                )
-    axes.axvline(0, color="black", lw=0.8)
+            }
+            if losses:
+                heights = [loss - losses[0.0] for loss in losses.values()]
+                label = f"{name} of {run.name.rpartition('/')[2]}, step {step}"
+                axes.plot(list(losses), heights, color=colors[id(run)], ls=style, label=label)
     axes.set(title="loss along x + a d", xlabel="a", ylabel="nats above the loss at x")
-    if axes.lines[2:]:
-        axes.legend(fontsize=7)
+    if len(axes.lines) > 2:
+        axes.legend(fontsize=8, loc="upper left")

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from .runs import Run
-from .table import COLUMNS, rows, verdicts
+from .table import COLUMNS, LEGEND, rows, verdicts
 
 STYLE = """
 :root { color-scheme: light; --line: #ddd; --soft: #666; }
@@ -34,9 +34,7 @@ def write_page(runs: list[Run], others: list[str], figures: list[Path], path: Pa
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{said}",
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
-        "<p class='soft'>At the end of each run, on its fixed validation tokens. x is the iterate, the lookahead point "
-        "x + alpha d with the run's full alpha, the weight EMA the average that the lookahead direction points away "
-        "from. Steps saved: until the base's final loss, interpolated between evaluations.</p>",
+        f"<p class='soft'>{escape(LEGEND)}</p>",
         *(inline(figure) for figure in figures),
         f"<h2>Not finished, not counted</h2><ul>{unfinished}</ul>" if others else "",
         "<h2>Runs</h2>",

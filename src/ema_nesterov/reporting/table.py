@@ -5,12 +5,19 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from statistics import mean, stdev
 
 from .runs import Run, base_of
 
 COLUMNS = (
-    *("run", "seed", "steps", "perplexity", "bits/byte", "perplexity at lookahead", "bits/byte at lookahead"),
-    *("perplexity of weight EMA", "bits/byte of weight EMA", "loss - base", "steps saved"),
+    *("run", "seed", "steps", "ppl x", "bits/byte x", "ppl y", "bits/byte y"),
+    *("ppl e", "bits/byte e", "loss - base", "steps saved"),
+)
+LEGEND = (
+    "Perplexity (ppl) and bits per byte at the end of each run, on its fixed validation tokens: at the iterate x, at "
+    "the lookahead point y = x + alpha d "
+    "with the run's full alpha, and at the weight EMA e. loss - base: nats per token at x, below 0 is ahead. "
+    "steps saved: until the base's final loss is reached, interpolated between evaluations."
 )
 
 
@@ -41,13 +48,15 @@ def _saved(run: Run, base: Run) -> str:
 
 
 def verdicts(runs: list[Run]) -> list[str]:
-    """What came out, in a sentence for each run that has a base."""
+    """What came out, in a sentence for each run that has a base, and over the seeds of each name."""
     sentences = []
+    differences: dict[str, list[float]] = {}
     for run in runs:
         base = base_of(run, runs)
         if base is None:
             continue
         difference = run.final["val/loss"] - base.final["val/loss"]
+        differences.setdefault(run.name, []).append(difference)
         side = "ahead of" if difference < 0 else "behind"
         sentence = f"{run.name} ended {abs(difference):.4f} nats {side} {base.name} (seed {run.config.seed}). "
         reached = run.step_at(base.final["val/loss"])
@@ -60,11 +69,14 @@ def verdicts(runs: list[Run]) -> list[str]:
                 f"{saved:.0f} steps ({saved / base.status['step']:.1%}) saved."
             )
         sentences.append(sentence)
-    pairs = len(sentences)
-    if pairs:
-        sentences.append(
-            f"{pairs} paired run{'s' * (pairs > 1)}: one seed of a small run proves nothing; see README.md."
-        )
+    for name, values in differences.items():
+        if len(values) == 1:
+            sentences.append(f"{name}: one seed, so this difference may be chance; run it again with seed=1, 2, ...")
+        else:
+            sentences.append(
+                f"{name}: {mean(values):+.4f} nats against its base, mean of {len(values)} paired runs, "
+                f"standard deviation {stdev(values):.4f}."
+            )
     return sentences
 
 

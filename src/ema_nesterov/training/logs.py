@@ -28,11 +28,13 @@ class Logs:
         self.total_steps = total_steps
         self.task = progress.add_task("", total=total_steps) if progress else None
         self.printed = 0.0
+        self.step = 0  # of the last line
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and mirror it. `line` has "step", "tokens" and "time"."""
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        self.step = line["step"]
         self.mirror.log(line)
         if "val/loss" in line:
             self.say(f"step {line['step']}/{self.total_steps}  " + describe_validation(line))
@@ -62,6 +64,8 @@ class Logs:
 
 class Silence:
     """The logs of every rank but the first."""
+
+    step = 0
 
     def write(self, line: dict[str, Any]) -> None: ...
     def say(self, text: str) -> None: ...

@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 
 from ..config import alpha_schedule, lr_schedule
 from ..data.loader import MicroBatch, prefetch
+from ..errors import ConfigError
+from ..lookahead import Wrapper
 from ..models import build_model
 from ..optim.build import build_optimizer
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights
@@ -35,7 +37,6 @@ class Diverged(Exception):
 
     def __init__(self, step: int, loss: float):
         super().__init__(f"training loss {loss} at step {step}; try a smaller learning rate or alpha")
-        self.step = step
 
 
 def train(
@@ -46,8 +47,8 @@ def train(
     micro_batch_size: int,
     checkpoints: list[Path],
     logs: Logs | Silence,
-) -> int:
-    """Train from the last checkpoint, or from the start, to `cfg.steps`; returns the last step.
+) -> None:
+    """Train from the last checkpoint, or from the start, to `cfg.steps`.
 
     Raises Diverged when a logged loss is not finite, on all ranks alike.
     """
@@ -69,6 +70,7 @@ def train(
     evaluate = partial(evaluate_on, dataset, compiled, ranks, micro_batch_size, eval_precision)
     full_alpha = None if cfg.lookahead.name == "none" else cfg.lookahead.alpha
     tokens_per_step = cfg.batch_size * cfg.seq_len
+    bytes_per_token = dataset.bytes_per_token()
 
     def read(step: int) -> list[MicroBatch]:
         return dataset.batch(step, cfg.batch_size, ranks.rank, ranks.size, micro_batch_size)
@@ -79,14 +81,17 @@ def train(
     def log_validation(step: int) -> None:
         with clock.paused():
             losses = validate(optimizer, full_alpha, partial(evaluate, cfg.dataset.val_tokens))
-            log(step, **losses, **derived(losses["val/loss"], dataset))
+            log(step, **losses, **derived(losses["val/loss"], bytes_per_token))
 
     if start == 0 and cfg.eval_every:
         log_validation(0)
     clock.start(start)
     batches = prefetch(read, range(start, cfg.steps), device, cfg.trainer.workers)
     for step, batch in enumerate(batches, start=start + 1):  # the step that this pass completes
-        previous = copy_iterate(optimizer) if cfg.probe_every and step % cfg.probe_every == 0 else None
+        probing = cfg.probe_every and step % cfg.probe_every == 0
+        if probing:
+            with clock.paused():
+                previous = copy_iterate(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr(step - 1)
 
@@ -118,7 +123,7 @@ def train(
                 raise Diverged(step, value)
         if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
             log_validation(step)
-        if previous is not None:
+        if probing:
             with clock.paused():
                 losses = probe(optimizer, previous, partial(evaluate, cfg.dataset.probe_tokens))
                 for direction, position, value in losses:
@@ -132,7 +137,6 @@ def train(
         with at_iterate(optimizer):
             save_weights(folder / "model.safetensors", model)
     ranks.barrier()
-    return cfg.steps
 
 
 # --- the pieces of a step -------------------------------------------------------------------------
@@ -146,8 +150,11 @@ def loss_weights(batch: list[MicroBatch], ranks: Ranks) -> Tensor:
 
 
 def gradient_norm(model: nn.Module, limit: float) -> Tensor:
-    """The norm of the whole gradient before clipping it to `limit` (0: no clipping)."""
-    return nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
+    """The norm of the whole gradient, which is then clipped to `limit` (0: left as it is)."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if limit:
+        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm
 
 
 def autocast(device: torch.device, wanted: bool) -> AbstractContextManager:
@@ -186,10 +193,10 @@ def evaluate_on(
     return loss
 
 
-def derived(loss: float, dataset: Any) -> dict[str, float]:
+def derived(loss: float, bytes_per_token: float | None) -> dict[str, float]:
     """Perplexity, and bits per byte where the dataset knows the bytes of its tokens."""
     values = {"val/perplexity": math.exp(loss) if loss < 700 else math.inf}
-    if (bytes_per_token := dataset.bytes_per_token()) is not None:
+    if bytes_per_token is not None:
         values["val/bits_per_byte"] = loss / math.log(2) / bytes_per_token
     return values
 
@@ -202,6 +209,12 @@ def resume(checkpoints: list[Path], model: nn.Module, optimizer: Optimizer, rank
     if not checkpoints:
         return 0
     state = load_checkpoint(checkpoints[-1])
+    saved, built = state["optimizer"].get("wrapper"), type(optimizer).__name__
+    if (saved or "no wrapper") != (built if isinstance(optimizer, Wrapper) else "no wrapper"):
+        raise ConfigError(
+            f"{checkpoints[-1]} holds {saved or 'no wrapper'}, this config builds {built}: probes keep a weight EMA; "
+            "type the probe_every that the run began with"
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if len(state["rng"]) == ranks.size:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import check, run_hash
+from ..config import check
 from ..data.loader import TokenDataset
 from ..data.sample import prepare_sample
 from ..errors import ConfigError, UserError
 from ..plugins import instantiate
 from .checkpoint import list_checkpoints
 from .distributed import Ranks, ranks
+from .identity import run_hash
 from .logs import Silence, open_logs
 from .loop import Diverged, train
 
@@ -54,15 +55,17 @@ def run(cfg: DictConfig) -> int:
         ):
             logs.say(describe(cfg, folder, group, micro_batch_size, step))
             try:
-                outcome["step"] = train(cfg, folder, dataset, group, micro_batch_size, checkpoints, logs)
+                train(cfg, folder, dataset, group, micro_batch_size, checkpoints, logs)
             except Diverged as e:
-                outcome.update(exit_code=DIVERGED, message=str(e), step=e.step)
+                outcome.update(exit_code=DIVERGED, message=str(e))
                 logs.say(f"diverged: {e}")
             except torch.OutOfMemoryError:
                 smaller = max(1, micro_batch_size // 2)
                 message = f"out of memory with micro_batch_size={micro_batch_size}; type micro_batch_size={smaller}"
                 outcome.update(exit_code=FAILED, message=message)
                 print(f"error: {message}", file=sys.stderr, flush=True)
+            finally:
+                outcome["step"] = max(outcome["step"], logs.step)
         return outcome["exit_code"]
 
 
