@@ -32,6 +32,9 @@ def guard(main: Callable[[], object], configs: Path | None = None) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except UserError as e:
         fail(str(e))
     except Exception as e:

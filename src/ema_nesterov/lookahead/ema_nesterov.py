@@ -57,21 +57,14 @@ class EMANesterov(Wrapper):
 
     def _before(self, parameters: list[Tensor]) -> None:
         if self.ema_decay == 0:  # the buffer, x_{t-1}, becomes x_t, recovered from y_t
-            lerp_(self._anchor, wide(parameters, self._anchor), self._weight(0.0))
+            lerp_(self._anchor, self._wide(parameters), self._weight(0.0))
 
     def _after(self, parameters: list[Tensor]) -> None:
-        x, e = wide(parameters, self._anchor), self._anchor
+        x, e = self._wide(parameters), self._anchor
         if self.ema_decay:
             first = self.warm_start and self.steps == 1
             # m_1 = k (x_1 - e_1) is x_1 - x_0 when e_1 = x_0 + (1 - 1/k) (x_1 - x_0)
             lerp_(e, x, 1 - 1 / self.k if first else 1 - self.ema_decay)
         if self.alpha_t:
             lerp_(x, e, -self.alpha_t * self.k)
-            for p, w in zip(parameters, x, strict=True):
-                if w is not p:
-                    p.copy_(w)
-
-
-def wide(parameters: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    """The parameters in the buffers' dtype: themselves, or a copy where one is of lower precision."""
-    return [p.to(b.dtype) for p, b in zip(parameters, like, strict=True)]
+            self._narrow(parameters, x)

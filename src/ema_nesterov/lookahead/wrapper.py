@@ -54,6 +54,7 @@ class Wrapper(Optimizer):
         self.steps = 0  # completed steps, the t of y_t
         self.alpha_t = 0.0  # the alpha that made y_t
         self._anchor: list[Tensor] = []
+        self._mixed = False  # some parameter is of lower precision than its buffer
         self._y: list[Tensor] | None = None  # copy of y_t while the parameters hold another position
         self._position: float | None = None  # that position; None: the parameters hold y_t
 
@@ -70,6 +71,17 @@ class Wrapper(Optimizer):
         """Given x_{t+1} in the parameters, move the anchor and leave y_{t+1} there."""
         raise NotImplementedError
 
+    def _wide(self, parameters: list[Tensor]) -> list[Tensor]:
+        """The parameters in their buffers' dtype: themselves, or a copy where one is of lower precision."""
+        if not self._mixed:
+            return parameters
+        return [p.to(a.dtype) for p, a in zip(parameters, self._anchor, strict=True)]
+
+    def _narrow(self, parameters: list[Tensor], values: list[Tensor]) -> None:
+        """Round what `_wide` had to copy, and has changed since, back into the parameters."""
+        if self._mixed:
+            torch._foreach_copy_(parameters, values)
+
     # --- one step -----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -82,7 +94,7 @@ class Wrapper(Optimizer):
             raise RuntimeError("step() needs the lookahead point in the parameters: call train() first")
         parameters = self._parameters()
         if not self._anchor:
-            self._anchor = [p.detach().to(buffer_dtype(p), copy=True) for p in parameters]
+            self._add_buffers(parameters)
         self._before(parameters)
         loss = self.base.step(closure)
         self.steps += 1
@@ -135,8 +147,11 @@ class Wrapper(Optimizer):
         y = self._y if self._y is not None else self._parameters()
         if not self._anchor:
             return [p.detach().clone() for p in y]
-        end = [p.to(a.dtype) for p, a in zip(y, self._anchor, strict=True)]
-        return list(torch._foreach_lerp(self._anchor, end, self._weight(position)))
+        return list(torch._foreach_lerp(self._anchor, self._wide(y), self._weight(position)))
+
+    def _add_buffers(self, parameters: list[Tensor]) -> None:
+        self._anchor += [p.detach().to(buffer_dtype(p), copy=True) for p in parameters]
+        self._mixed = self._mixed or any(p.dtype != buffer_dtype(p) for p in parameters)
 
     # --- parameters and groups ----------------------------------------------------------------
 
@@ -159,8 +174,7 @@ class Wrapper(Optimizer):
         known = len(self._parameters())
         self.base.add_param_group(param_group)
         if self._anchor:
-            new = self._parameters()[known:]
-            self._anchor += [p.detach().to(buffer_dtype(p), copy=True) for p in new]
+            self._add_buffers(self._parameters()[known:])
 
     # --- state --------------------------------------------------------------------------------
 
@@ -204,6 +218,7 @@ class Wrapper(Optimizer):
         for name, held in self._buffers().items():
             loaded = state_dict["buffers"][name]
             held[:] = [b.to(p.device, buffer_dtype(p), copy=True) for b, p in zip(loaded, parameters, strict=False)]
+        self._mixed = any(p.dtype != buffer_dtype(p) for p in parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         # a learning-rate scheduler leaves a patched step() on the instance, which cannot be pickled

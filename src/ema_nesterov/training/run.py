@@ -168,7 +168,7 @@ def status(folder: Path, group: Ranks, resumed_from: int | None) -> Iterator[dic
         write("failed", message=str(e), exit_code=BAD_INPUT)
         raise
     except BaseException as e:
-        write("failed", message=f"{type(e).__name__}: {e}", exit_code=FAILED)
+        write("failed", message=f"{type(e).__name__}: {e}".removesuffix(": "), exit_code=FAILED)
         raise
     if group.is_first or outcome["exit_code"] == FAILED:
         write(STATUS[outcome["exit_code"]])

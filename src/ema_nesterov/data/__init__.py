@@ -1,0 +1,1 @@
+"""Token shards, the batches that are read from them, and the embedded text."""
