@@ -12,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ema_nesterov.data.shards import write_shard
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.training.checkpoint import load_checkpoint, save_checkpoint
 from ema_nesterov.training.run import DIVERGED, FINISHED, read_status, run, split_batch
@@ -122,6 +124,41 @@ def test_the_micro_batch_changes_losses_by_rounding_alone(tmp_path: Path, sample
     for a, b in zip(whole, parts, strict=True):
         for key in a:
             assert a[key] == (pytest.approx(b[key], abs=1e-5, rel=1e-5) if isinstance(a[key], float) else b[key])
+
+
+def test_padded_rows_weigh_by_their_targets_however_they_fall_into_micro_batches(tmp_path: Path) -> None:
+    """Rows of 3 to 32 real tokens: the mean is over the targets of the global batch, not over micro-batches."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(2, 100, (200, 32))
+    for row in rows:
+        row[rng.integers(3, 33) :] = 0
+    for split, part in (("train", rows[:150]), ("val", rows[150:])):
+        write_shard(tmp_path / f"c4_{split}_000000.bin", part.ravel())
+    overrides = [*TINY, "dataset=c4", f"dataset.path={tmp_path}", "dataset.row_len=32", "dataset.vocab_size=100"]
+    overrides += ["dataset.val_tokens=1024", "dataset.probe_tokens=256"]
+    whole, parts = [], []
+    for micro, lines in ((12, whole), (1, parts)):
+        runs = tmp_path / f"runs{micro}"
+        assert run(composed(*overrides, f"micro_batch_size={micro}", f"runs_dir={runs}")) == FINISHED
+        lines += [line for line in read_metrics(run_folder(runs)) if "train/loss" in line]
+    for a, b in zip(whole, parts, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-5)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("model=nanogpt_162m", "model.layers=1", "model.width=32", "model.head_dim=16"),
+        ("model=llama_60m", "model.layers=1", "model.width=32", "model.heads=2", "model.mlp_width=64"),
+    ],
+)
+def test_every_architecture_trains(tmp_path: Path, sample: Path, model: tuple[str, ...]) -> None:
+    tiny = [o for o in TINY if not o.startswith("model.")]
+    overrides = (*tiny, *model, "model.vocab_size=4096", f"dataset.path={sample}", f"runs_dir={tmp_path}")
+    assert run(composed(*overrides)) == FINISHED
+    losses = [line["val/loss"] for line in read_metrics(run_folder(tmp_path)) if "val/loss" in line]
+    assert losses[-1] < losses[0]
 
 
 def test_metrics_hold_what_the_design_promises(tmp_path: Path, sample: Path) -> None:
