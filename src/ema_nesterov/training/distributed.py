@@ -42,8 +42,9 @@ class Ranks:
             dist.barrier()
 
 
-def rank_from_environment() -> int:
-    return int(os.environ.get("RANK", 0))
+def world_size() -> int:
+    """The number of ranks that torchrun started, or 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -63,7 +64,7 @@ def choose_device(wanted: str) -> torch.device:
 def ranks(wanted_device: str) -> Iterator[Ranks]:
     """Join the process group that torchrun describes, if any, and leave it at the end."""
     device = choose_device(wanted_device)
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = world_size()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -133,8 +133,15 @@ class Mirror:
         if "probe/loss" in line:  # one curve per direction and position
             key = f"probe/{line['probe/direction']}/{line['probe/position']:+.2f}"
             line = {"step": line["step"], "tokens": line["tokens"], key: line["probe/loss"]}
+        self._try(lambda: self.run.log(line, step=line["step"]))
+
+    def finish(self, failed: bool) -> None:
+        if self.run is not None:
+            self._try(lambda: self.run.finish(exit_code=int(failed)))
+
+    def _try(self, call: Callable[[], Any]) -> None:
         try:
-            self.run.log(line, step=line["step"])
+            call()
         except MirrorError as e:
             print(f"W&B mirroring ends: {e}; metrics.jsonl goes on", file=sys.stderr)
             self.run = None
@@ -146,13 +153,15 @@ def mirror(cfg: DictConfig, folder: Path, identity: str) -> Iterator[Mirror]:
     if cfg.logger.name != "wandb" or cfg.logger.mode == "disabled":
         yield Mirror()
         return
-    run = _wandb_run(cfg, folder, identity)
     try:
-        yield Mirror(run)
+        mirrored = Mirror(_wandb_run(cfg, folder, identity))
+    except MirrorError as e:
+        print(f"W&B cannot start ({type(e).__name__}: {e}): metrics.jsonl alone", file=sys.stderr)
+        mirrored = Mirror()
+    try:
+        yield mirrored
     finally:
-        if run is not None:
-            failed = sys.exc_info()[0] is not None
-            run.finish(exit_code=1 if failed else 0)
+        mirrored.finish(failed=sys.exc_info()[0] is not None)
 
 
 def _wandb_run(cfg: DictConfig, folder: Path, identity: str) -> Any:

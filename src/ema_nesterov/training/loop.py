@@ -56,6 +56,7 @@ def train(
     torch.manual_seed(cfg.seed)
     with device:
         model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    logs.say(f"{cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = build_optimizer(model, cfg)
     lr, alpha = lr_schedule(cfg), alpha_schedule(cfg)
     clock = Clock(cfg, model, ranks)

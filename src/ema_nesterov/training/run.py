@@ -20,7 +20,7 @@ from ..data.sample import prepare_sample
 from ..errors import ConfigError, UserError
 from ..plugins import instantiate
 from .checkpoint import list_checkpoints
-from .distributed import Ranks, ranks
+from .distributed import Ranks, ranks, world_size
 from .identity import run_hash
 from .logs import Silence, open_logs
 from .loop import Diverged, train
@@ -37,9 +37,9 @@ def run(cfg: DictConfig) -> int:
     check(cfg)
     identity = f"{cfg.name}-{run_hash(cfg)}"
     folder = Path(cfg.runs_dir) / identity / f"seed{cfg.seed}"
+    micro_batch_size = split_batch(cfg, world_size())
+    dataset = open_dataset(cfg)
     with ranks(cfg.trainer.device) as group:
-        micro_batch_size = split_batch(cfg, group.size)
-        dataset = open_dataset(cfg)
         if read_status(folder).get("status") == "finished":
             if group.is_first:
                 print(f"{folder} is finished already; delete it, or change the seed, to train again")
@@ -60,8 +60,9 @@ def run(cfg: DictConfig) -> int:
                 outcome.update(exit_code=DIVERGED, message=str(e))
                 logs.say(f"diverged: {e}")
             except torch.OutOfMemoryError:
-                smaller = max(1, micro_batch_size // 2)
-                message = f"out of memory with micro_batch_size={micro_batch_size}; type micro_batch_size={smaller}"
+                fits = [m for m in range(1, micro_batch_size // 2 + 1) if micro_batch_size % m == 0]
+                advice = f"micro_batch_size={fits[-1]}" if fits else "a smaller seq_len or model"
+                message = f"out of memory with micro_batch_size={micro_batch_size}; type {advice}"
                 outcome.update(exit_code=FAILED, message=message)
                 print(f"error: {message}", file=sys.stderr, flush=True)
             finally:

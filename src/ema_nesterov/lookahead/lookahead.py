@@ -1,0 +1,114 @@
+"""Lookahead (Zhang et al. 2019): k fast steps forward, one slow step back.
+
+    fast <- A(fast)                            k times, then
+    slow <- slow + alpha (fast - slow),  fast <- slow
+
+What the base keeps about the past (momentum, second moments) may be maintained over a sync,
+interpolated with its value at the last one, or reset.
+
+The adaptive alpha (their Proposition 1) minimises a quadratic model of the loss between slow and fast.
+With d = slow - fast, g the last inner gradient and A the base's bias-corrected second moment,
+
+    alpha* = clip((d + A^-1 g)^T A d / d^T A d, alpha, 1) = clip(1 + g^T d / d^T A d, alpha, 1).
+
+Syncs come after exactly k steps (the released code's first comes after k + 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .wrapper import Alpha, Wrapper
+
+
+class Lookahead(Wrapper):
+    """Lookahead around `base`. x is slow, position 1 is fast; alpha above 1 extrapolates.
+
+    alpha: of the slow step; the smallest one when adaptive. k: fast steps to a sync.
+    inner_state: "maintain", "interpolate" or "reset" the base's moments (never its step counters).
+    adaptive: choose alpha by Proposition 1; the base must keep a second moment, as Adam does.
+    Raises ValueError for another inner_state, k below 1, or an adaptive base without a second moment.
+    """
+
+    def __init__(self, base: Optimizer, alpha: Alpha, k: int, inner_state: str = "maintain", adaptive: bool = False):
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if inner_state not in ("maintain", "interpolate", "reset"):
+            raise ValueError(f"inner_state must be maintain, interpolate or reset, got {inner_state!r}")
+        super().__init__(base, alpha)
+        self.k, self.inner_state, self.adaptive = k, inner_state, adaptive
+        self._moments: list[Tensor] = []  # of the base at the last sync, when they are interpolated
+
+    def _weight(self, position: float) -> float:
+        return position
+
+    def _after(self, parameters: list[Tensor]) -> None:
+        if self.steps % self.k:
+            return
+        slow = self._anchor
+        move = torch._foreach_sub(self._wide(parameters), slow)
+        alpha = self._best_alpha(parameters, move) if self.adaptive else self.alpha_t
+        torch._foreach_mul_(move, alpha)
+        torch._foreach_add_(slow, move)
+        torch._foreach_copy_(parameters, slow)
+        self._sync_moments()
+
+    def _best_alpha(self, parameters: list[Tensor], move: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+        """alpha* as a tensor without dimensions, so that no device is waited for."""
+        slope = torch.zeros((), device=parameters[0].device, dtype=torch.float64)
+        curvature = torch.zeros_like(slope)
+        displacement = dict(zip(parameters, move, strict=True))  # fast - slow, that is -d
+        for p, state, group in inner_states(self.base):
+            if p.grad is None:
+                continue
+            if "exp_avg_sq" not in state:
+                raise ValueError("an adaptive alpha needs a base that keeps a second moment (exp_avg_sq), as Adam does")
+            correction = 1 - group["betas"][1] ** torch.as_tensor(state["step"], device=p.device)
+            slope -= (p.grad * displacement[p]).sum()
+            curvature += (state["exp_avg_sq"] / correction * displacement[p].square()).sum()
+        alpha = 1 + slope / curvature
+        return torch.where(curvature > 0, alpha, torch.ones_like(alpha)).clamp(self.alpha_t, 1).to(move[0].dtype)
+
+    def _sync_moments(self) -> None:
+        if self.inner_state == "maintain":
+            return
+        moments = [
+            value
+            for p, state, _ in inner_states(self.base)
+            for value in state.values()
+            if isinstance(value, Tensor) and value.shape == p.shape and value.ndim > 0
+        ]
+        if not moments:  # a base without memory
+            return
+        if self.inner_state == "reset":
+            torch._foreach_zero_(moments)
+            return
+        before = self._moments or [torch.zeros_like(m) for m in moments]  # there were none at the start
+        torch._foreach_lerp_(moments, before, 1 - self.alpha_t)
+        self._moments = [m.clone() for m in moments]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "moments": list(self._moments)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        device = self._parameters()[0].device
+        self._moments = [m.to(device, copy=True) for m in state_dict["moments"]]
+
+
+def inner_states(optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
+    """(parameter, state, group) of a base optimizer, through chains and wrappers."""
+    if hasattr(optimizer, "optimizers"):
+        for member in optimizer.optimizers:
+            yield from inner_states(member)
+    elif isinstance(optimizer, Wrapper):
+        yield from inner_states(optimizer.base)
+    else:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                yield p, optimizer.state[p], group
