@@ -80,7 +80,7 @@ def test_help_names_the_groups_and_the_keys(tmp_path: Path) -> None:
     done = script("train.py", "--help", cwd=tmp_path)
     assert done.returncode == 0
     for text in (
-        "lookahead: ema_nesterov, nesterov, none",
+        "lookahead: ema_nesterov, gpa, lookahead, nala, nesterov, none, snoo",
         "experiment=quickstart/muon",
         "batch_size: 16",
         "--cfg job",

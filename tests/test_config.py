@@ -82,9 +82,9 @@ def test_a_new_key_with_a_default_renames_no_run(monkeypatch: pytest.MonkeyPatch
     before = run_hash(cfg)
     from dataclasses import field, make_dataclass
 
-    from ema_nesterov import config
+    from ema_nesterov import schemas
 
-    wider = make_dataclass("MuonConfig", [("new_key", int, field(default=7))], bases=(config.MuonConfig,))
+    wider = make_dataclass("MuonConfig", [("new_key", int, field(default=7))], bases=(schemas.MuonConfig,))
     cfg.optimizer = OmegaConf.merge(OmegaConf.structured(wider), dict(cfg.optimizer))
     assert run_hash(cfg) == before
     cfg.optimizer.new_key = 8
@@ -109,6 +109,9 @@ def test_lengths_below_one_are_fractions_of_the_run(length: float, steps: int) -
         (["schedule.decay_steps=2.5"], "schedule.decay_steps must be a fraction below 1 or a whole number"),
         (["lookahead.ema_decay=1.0"], r"lookahead.ema_decay=1.0 must be in \[0, 1\)"),
         (["lookahead.alpha=-0.1"], "lookahead.alpha"),
+        (["lookahead=snoo", "lookahead.k=0"], "lookahead.k=0 must be at least 1"),
+        (["lookahead=gpa", "lookahead.mu_y=0"], "lookahead.mu_y=0.0 must be above 0"),
+        (["lookahead=lookahead", "lookahead.adaptive=true"], "type optimizer=adamw"),
         (["name=../elsewhere"], "name="),
         (["optimizer.adam.betas=[0.9]"], "two numbers"),
         (["dataset=c4", "model=llama_60m", "seq_len=128"], "seq_len=128 must be the length of a row of c4, 256"),

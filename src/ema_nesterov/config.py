@@ -1,210 +1,21 @@
-"""The configuration: one dataclass per group, so that a typo fails before a GPU is touched.
+"""The configuration: what a composed config means, and whether it can be run.
 
-Importing this module registers the schemas with Hydra; the YAML files in configs/ hold the values and
-name their schema in their defaults list. `check` validates what types cannot.
+Importing this module registers the schemas with Hydra; the YAML files in configs/ hold the values.
+`check` validates what types cannot.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from . import schemas  # noqa: F401  (registers them)
 from .errors import ConfigError
 from .schedules import Schedule, lookahead_alpha, wsd
-
-# --- models ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class ModelConfig:
-    name: str = MISSING
-    architecture: str = MISSING
-    vocab_size: int = MISSING
-    pad_vocab_to: int = 1  # round the rows of the tables up to a multiple; the loss stays the same
-    autocast: bool = True  # on a GPU: bfloat16 autocast, or (false) weights cast per product
-    eval_float32: bool = True  # on a GPU: validate in float32, as the published runs of this model do
-
-
-@dataclass
-class NanoGPT124MConfig(ModelConfig):
-    layers: int = MISSING
-    heads: int = MISSING
-    width: int = MISSING
-
-
-@dataclass
-class NanoGPT162MConfig(ModelConfig):
-    layers: int = MISSING
-    width: int = MISSING
-    head_dim: int = MISSING
-    autocast: bool = False
-    eval_float32: bool = False
-
-
-@dataclass
-class LlamaConfig(ModelConfig):
-    layers: int = MISSING
-    heads: int = MISSING
-    width: int = MISSING
-    mlp_width: int = MISSING
-    max_seq_len: int = 2048
-    padding_idx: int | None = 1  # this embedding row stays 0; the released code has T5's end-of-sentence here
-
-
-# --- datasets -------------------------------------------------------------------------------------
-
-
-@dataclass
-class DatasetConfig:
-    name: str = MISSING
-    path: str = MISSING  # folder of shards: *_train_*.bin and *_val_*.bin
-    vocab_size: int = MISSING  # of the tokenizer; the model's must be at least as large
-    tokenizer: str = MISSING
-    layout: str = "stream"  # stream: windows of seq_len over documents end to end; rows: one document a row
-    row_len: int | None = None  # rows only: tokens of a row
-    pad_id: int | None = None  # rows only: targets of this id do not count
-    val_tokens: int = MISSING  # the first of the validation shards, the same for every run
-    probe_tokens: int = MISSING  # the first of them that the probe uses
-    shuffle: bool = False  # permute the windows of each epoch by the seed
-    max_epochs: int = 1  # passes over the training tokens before the data has run out
-    prepare: str | None = None  # how train.py makes the folder when it is missing
-
-
-# --- optimizers -----------------------------------------------------------------------------------
-
-
-@dataclass
-class AdamWConfig:
-    name: str = MISSING
-    lr: float = MISSING
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # on matrices and tables, never on vectors
-
-
-@dataclass
-class AuxAdamConfig:
-    """AdamW for what Muon does not take; a learning rate of null is Muon's."""
-
-    embedding_lr: float | None = None
-    head_lr: float | None = None
-    vector_lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-
-
-@dataclass
-class MuonConfig:
-    name: str = MISSING
-    lr: float = MISSING
-    momentum: float = 0.95
-    weight_decay: float = 0.0
-    scale: str = MISSING  # spectral | max_dim
-    ns: str = "quintic5"  # quintic5 | polar12
-    split_qkv: bool = False
-    adam: AuxAdamConfig = field(default_factory=AuxAdamConfig)
-
-
-# --- lookaheads -----------------------------------------------------------------------------------
-
-
-@dataclass
-class NoLookaheadConfig:
-    name: str = MISSING
-
-
-@dataclass
-class NesterovConfig:
-    name: str = MISSING
-    alpha: float = MISSING
-    warmup_steps: float = MISSING  # alpha is 0 before; below 1: a fraction of the run's steps
-    rest_steps: float = MISSING  # alpha is 0 over the last of them; below 1: a fraction
-
-
-@dataclass
-class EMANesterovConfig(NesterovConfig):
-    ema_decay: float = MISSING
-    warm_start: bool = False
-
-
-# --- schedule, trainer, logger --------------------------------------------------------------------
-
-
-@dataclass
-class ScheduleConfig:
-    decay: str = MISSING  # linear | exponential
-    warmup_steps: float = 0.0  # below 1: a fraction of the run's steps
-    decay_steps: float = MISSING
-    min_ratio: float | None = None  # null: 0 linear, 0.1 exponential
-
-
-@dataclass
-class TrainerConfig:
-    device: str = "auto"  # auto | cpu | cuda
-    compile: bool | None = None  # null: on a GPU only
-    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
-    keep_checkpoints: int = 2
-    workers: int = 1  # threads that read batches ahead; 0: read when needed
-
-
-@dataclass
-class LoggerConfig:
-    name: str = MISSING
-    project: str = "ema-nesterov"
-    entity: str | None = None
-    mode: str = "online"  # online | offline | disabled
-    x_axis: str = "tokens"  # tokens | step
-    tags: list[str] = field(default_factory=list)
-
-
-@dataclass
-class TrainConfig:
-    name: str = MISSING  # folder of the run below runs_dir
-    steps: int = MISSING
-    seed: int = 0
-    seq_len: int = MISSING
-    batch_size: int = MISSING  # sequences per optimizer step, over all ranks
-    micro_batch_size: int | None = None  # per rank; null: what a rank gets of a batch, 64 at most
-    runs_dir: str = "runs"
-    eval_every: int = 100  # 0: only at the end
-    probe_every: int = 0  # 0: never
-    probe_ema_decay: float = 0.99  # of the weight EMA that runs without EMA-Nesterov keep when probes are on
-    checkpoint_every: int = 1000  # 0: only at the end
-    log_every: int = 10
-    plugins: list[str] = field(default_factory=list)  # modules whose classes `_target_` may name
-    model: Any = MISSING
-    dataset: Any = MISSING
-    optimizer: Any = MISSING
-    lookahead: Any = MISSING
-    schedule: Any = MISSING
-    trainer: Any = MISSING
-    logger: Any = MISSING
-
-
-SCHEMAS = {
-    "train": TrainConfig,
-    "nanogpt_124m": NanoGPT124MConfig,
-    "nanogpt_162m": NanoGPT162MConfig,
-    "llama": LlamaConfig,
-    "token_shards": DatasetConfig,
-    "adamw": AdamWConfig,
-    "muon": MuonConfig,
-    "no_lookahead": NoLookaheadConfig,
-    "nesterov": NesterovConfig,
-    "ema_nesterov": EMANesterovConfig,
-    "wsd": ScheduleConfig,
-    "trainer": TrainerConfig,
-    "logger": LoggerConfig,
-}
-for _name, _node in SCHEMAS.items():
-    ConfigStore.instance().store(group="schema", name=_name, node=_node)
-
 
 # --- derived values -------------------------------------------------------------------------------
 
@@ -227,11 +38,22 @@ def lr_schedule(cfg: DictConfig) -> Schedule:
         raise ConfigError(f"schedule: {e}") from None
 
 
-def alpha_schedule(cfg: DictConfig) -> Schedule:
-    """alpha_t as a function of the step, 0 without a lookahead."""
+def lookahead_position(cfg: DictConfig) -> float:
+    """Where on the line x + a d the gradients are taken, at the run's full alpha; 0 without a lookahead."""
     look = cfg.lookahead
     if look.name == "none":
-        return lambda step: 0.0
+        return 0.0
+    if look.name in ("lookahead", "snoo"):
+        return 1.0  # the fast weights
+    return 1 - look.mu_y if look.name == "gpa" else look.alpha
+
+
+def alpha_schedule(cfg: DictConfig) -> Schedule:
+    """alpha_t as a function of the step; constant where the method has no schedule."""
+    look = cfg.lookahead
+    if "warmup_steps" not in look:
+        position = lookahead_position(cfg)
+        return lambda step: position
     warmup = steps_of(look.warmup_steps, cfg.steps, "lookahead.warmup_steps")
     rest = steps_of(look.rest_steps, cfg.steps, "lookahead.rest_steps")
     try:
@@ -332,25 +154,38 @@ def _check_optimizer(cfg: DictConfig) -> None:
         return
     _require(o.lr > 0, "optimizer.lr", o.lr, "above 0")
     _require(o.weight_decay >= 0, "optimizer.weight_decay", o.weight_decay, "at least 0")
-    adam, prefix = (o.adam, "optimizer.adam") if o.name == "muon" else (o, "optimizer")
+    adam, prefix = (o.adam, "optimizer.adam") if "adam" in o else (o, "optimizer")
     betas = list(adam.betas)
     _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{prefix}.betas", betas, "two numbers in [0, 1)")
     _require(adam.eps >= 0, f"{prefix}.eps", adam.eps, "at least 0")
-    if o.name == "muon":
-        _require(0 <= o.momentum < 1, "optimizer.momentum", o.momentum, "in [0, 1)")
+    if "scale" in o:
         _choice("optimizer.scale", o.scale, ["spectral", "max_dim"])
         _choice("optimizer.ns", o.ns, ["quintic5", "polar12"])
+    for key in ("momentum", "beta2"):
+        _require(0 <= o.get(key, 0) < 1, f"optimizer.{key}", o.get(key), "in [0, 1)")
+    _require(o.get("iterations", 1) >= 1, "optimizer.iterations", o.get("iterations"), "at least 1")
+    if "adam" in o:
         for key in ("embedding_lr", "head_lr", "vector_lr"):
             _require(adam[key] is None or adam[key] > 0, f"optimizer.adam.{key}", adam[key], "above 0")
 
 
 def _check_lookahead(cfg: DictConfig) -> None:
     look = cfg.lookahead
-    if look.name == "none":
-        return
-    _require(math.isfinite(look.alpha) and look.alpha >= 0, "lookahead.alpha", look.alpha, "at least 0")
-    if look.name == "ema_nesterov":
-        _require(0 <= look.ema_decay < 1, "lookahead.ema_decay", look.ema_decay, "in [0, 1)")
+    for key, holds, what in (
+        ("alpha", lambda v: math.isfinite(v) and v >= 0, "at least 0"),
+        ("ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),
+        ("k", lambda v: v >= 1, "at least 1"),
+        ("lr", lambda v: v > 0, "above 0"),
+        ("momentum", lambda v: 0 <= v < 1, "in [0, 1)"),
+        ("mu_x", lambda v: 0 <= v < 1, "in [0, 1)"),
+        ("mu_y", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    ):
+        if key in look:
+            _require(holds(look[key]), f"lookahead.{key}", look[key], what)
+    if "inner_state" in look:
+        _choice("lookahead.inner_state", look.inner_state, ["maintain", "interpolate", "reset"])
+        if look.adaptive and cfg.optimizer.name != "adamw":
+            raise ConfigError("lookahead.adaptive=true needs the second moment of Adam; type optimizer=adamw")
 
 
 def _require(holds: bool, key: str, value: Any, what: str) -> None:

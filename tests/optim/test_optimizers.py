@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.models import build_model
-from ema_nesterov.optim import AdamW, Chain, Muon
+from ema_nesterov.optim import AdamW, Aurora, Chain, Muon, NorMuon
 from ema_nesterov.optim.build import _require_cover, build_optimizer, parameter_roles
 from ema_nesterov.optim.newton_schulz import newton_schulz
 from tests.conftest import composed
@@ -35,6 +36,75 @@ def test_muon_matches_the_authors_trajectories(variant: str) -> None:
         **VARIANTS[variant],
     )
     assert max(t.error(params, muon, nullcontext)) < 1e-5
+
+
+def test_normuon_matches_the_authors_trajectory() -> None:
+    t = Trajectory("base_normuon_nanogpt", torch.float32)
+    params, m = t.parameters(), t.meta
+    options: dict[str, Any] = dict(lr=m["lr"], momentum=m["momentum"], beta2=m["beta2"], ns_dtype=torch.float32)
+    normuon = NorMuon(params, scale="max_dim", split_qkv=True, **options)
+    assert max(t.error(params, normuon, nullcontext)) < 1e-5
+
+
+def test_aurora_matches_the_authors_trajectory() -> None:
+    t = Trajectory("base_aurora", torch.float32)
+    params, m = t.parameters(), t.meta
+    keys = ("lr", "momentum", "weight_decay", "iterations", "exponent")
+    aurora = Aurora(params, **{key: m[key] for key in keys}, ns_dtype=torch.float32)
+    assert max(t.error(params, aurora, nullcontext)) < 1e-5
+
+
+def test_aurora_evens_out_the_rows_and_leaves_square_matrices_to_muon() -> None:
+    tall, square = random_matrices([(24, 8), (8, 8)])
+    with torch.no_grad():
+        tall[:4] *= 0.01  # rows that a polar factor nearly drops
+    aurora = Aurora([tall, square], lr=1.0, iterations=12)
+    group = aurora.param_groups[0]
+    rows = aurora._orthogonalize(tall.detach()[None], group)[0].norm(dim=-1)
+    torch.testing.assert_close(rows, torch.full((24,), (8 / 24) ** 0.5), atol=0.02, rtol=0)
+    expected = newton_schulz(square.detach()[None], "polar12")
+    assert torch.equal(aurora._orthogonalize(square.detach()[None], group), expected)
+
+
+def test_normuon_keeps_the_size_of_muons_step_and_evens_its_rows() -> None:
+    ours, theirs = random_matrices([(12, 20)]), random_matrices([(12, 20)])
+    start = ours[0].detach().clone()
+    for params, make in ((ours, NorMuon), (theirs, Muon)):
+        give_gradients(params, 0)
+        with torch.no_grad():
+            params[0].grad[0] *= 100
+        make(params, lr=0.1).step()
+    a, b = ours[0].detach() - start, theirs[0].detach() - start
+    assert a.norm().item() == pytest.approx(b.norm().item(), rel=1e-5)
+    assert a.norm(dim=1).std() < 1e-5 < b.norm(dim=1).std()
+
+
+@pytest.mark.parametrize("make", [Muon, NorMuon, Aurora])
+def test_saved_and_loaded_goes_on_bit_for_bit(make: type[Muon]) -> None:
+    def build() -> tuple[list[Tensor], Muon]:
+        params = random_matrices([(8, 8), (24, 8), (6, 10)])
+        return params, make(params, lr=0.1)
+
+    straight, optimizer = build()
+    first, saved = build()
+    for step in range(6):
+        give_gradients(straight, step)
+        optimizer.step()
+    for step in range(3):
+        give_gradients(first, step)
+        saved.step()
+    second, loaded = build()
+    with torch.no_grad():
+        for p, q in zip(second, first, strict=True):
+            p.copy_(q)
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(3, 6):
+        give_gradients(second, step)
+        loaded.step()
+    assert all(torch.equal(p, q) for p, q in zip(second, straight, strict=True))
 
 
 @pytest.mark.parametrize("name", ["adam", "aux_adam_llama"])
@@ -127,7 +197,7 @@ def test_chain_refuses_a_parameter_twice() -> None:
 
 def test_every_parameter_is_covered_exactly_once() -> None:
     for name in ("tiny", "nanogpt_124m", "nanogpt_162m", "llama_60m"):
-        for optimizer in ("adamw", "muon"):
+        for optimizer in ("adamw", "muon", "normuon", "aurora"):
             cfg = composed(f"model={name}", f"optimizer={optimizer}", "probe_every=1")
             with torch.device("meta"):
                 model = build_model(cfg.model)

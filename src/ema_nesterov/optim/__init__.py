@@ -2,7 +2,9 @@
 
 from torch.optim import AdamW
 
+from .aurora import Aurora
 from .chain import Chain
 from .muon import Muon
+from .normuon import NorMuon
 
-__all__ = ["AdamW", "Chain", "Muon"]
+__all__ = ["AdamW", "Aurora", "Chain", "Muon", "NorMuon"]

@@ -11,11 +11,14 @@ from torch.optim import Optimizer
 
 from ..config import alpha_schedule
 from ..errors import ConfigError
-from ..lookahead import EMANesterov, Nesterov
+from ..lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nesterov
 from ..plugins import instantiate
+from .aurora import Aurora
 from .chain import Chain
 from .muon import Muon
+from .normuon import NorMuon
 
+MATRIX_OPTIMIZERS = {"muon": Muon, "normuon": NorMuon, "aurora": Aurora}
 ROLES = ("embedding", "head", "matrix", "vector")
 
 
@@ -53,13 +56,29 @@ def build_optimizer(model: nn.Module, cfg: DictConfig) -> Optimizer:
     _require_cover(model, base)
     for group in base.param_groups:
         group["initial_lr"] = group["lr"]
-    look = cfg.lookahead
+    return _wrap(base, cfg)
+
+
+def _wrap(base: Optimizer, cfg: DictConfig) -> Optimizer:
+    look, alpha = cfg.lookahead, alpha_schedule(cfg)
     if look.name == "ema_nesterov" and look.ema_decay > 0:
-        return EMANesterov(base, alpha_schedule(cfg), look.ema_decay, look.warm_start)
+        return EMANesterov(base, alpha, look.ema_decay, look.warm_start)
     if cfg.probe_every:
-        # with alpha = 0 no bit of the base changes: what remains of EMA-Nesterov is the weight EMA
+        # with alpha = 0 no bit of the base changes: what remains of EMA-Nesterov is the EMA of its weights
         base = EMANesterov(base, 0.0, cfg.probe_ema_decay)
-    return base if look.name == "none" else Nesterov(base, alpha_schedule(cfg))
+    if look.name == "none":
+        return base
+    if look.name in ("nesterov", "ema_nesterov"):
+        return Nesterov(base, alpha)
+    if look.name == "nala":
+        return NALA(base, alpha, look.k)
+    if look.name == "lookahead":
+        return Lookahead(base, look.alpha, look.k, look.inner_state, look.adaptive)
+    if look.name == "snoo":
+        return SNOO(base, look.lr, look.momentum, look.k)
+    if look.name == "gpa":
+        return GPA(base, look.mu_x, look.mu_y)
+    raise ConfigError(f"unknown lookahead.name={look.name}")
 
 
 def _build_base(model: nn.Module, cfg: DictConfig) -> Optimizer:
@@ -69,19 +88,11 @@ def _build_base(model: nn.Module, cfg: DictConfig) -> Optimizer:
     roles = parameter_roles(model)
     if o.name == "adamw":
         return _adamw({role: (params, o.lr) for role, params in roles.items()}, o)
-    if o.name == "muon":
+    if o.name in MATRIX_OPTIMIZERS:
         rates = {"embedding": o.adam.embedding_lr, "head": o.adam.head_lr, "vector": o.adam.vector_lr}
         aux = {role: (roles[role], o.lr if rate is None else rate) for role, rate in rates.items()}
-        muon = Muon(
-            roles["matrix"],
-            lr=o.lr,
-            momentum=o.momentum,
-            weight_decay=o.weight_decay,
-            scale=o.scale,
-            ns=o.ns,
-            split_qkv=o.split_qkv,
-        )
-        return Chain([_adamw(aux, o.adam), muon])
+        options = {str(key): value for key, value in o.items() if key not in ("name", "adam")}
+        return Chain([_adamw(aux, o.adam), MATRIX_OPTIMIZERS[o.name](roles["matrix"], **options)])
     raise ConfigError(f"unknown optimizer.name={o.name}")
 
 

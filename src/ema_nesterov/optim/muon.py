@@ -64,9 +64,11 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.ndim != 2:
-                raise ValueError(f"Muon takes 2-D parameters, got shape {tuple(p.shape)}")
+                raise ValueError(f"{type(self).__name__} takes 2-D parameters, got shape {tuple(p.shape)}")
             if hasattr(p, "placements"):
-                raise TypeError("Muon does not take DTensors: Newton-Schulz of a shard is not that of the matrix")
+                raise TypeError(
+                    f"{type(self).__name__} does not take DTensors: Newton-Schulz of a shard is not that of the matrix"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -85,27 +87,39 @@ class Muon(Optimizer):
             updates = torch._foreach_lerp(grads, momenta, mu)
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, self._orthogonalize(list(updates), group), alpha=-lr)
+            torch._foreach_add_(params, self._directions(params, list(updates), group), alpha=-lr)
         return loss
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
-        if not state:
+        if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p)
         return state["momentum"]
 
-    def _orthogonalize(self, updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """s O for each update, one Newton-Schulz for all blocks of a shape."""
-        shapes: dict[tuple[int, int], list[int]] = {}
-        for i, u in enumerate(updates):
-            rows, columns = u.shape
-            block = (columns, columns) if group["split_qkv"] and rows == 3 * columns else (rows, columns)
-            shapes.setdefault(block, []).append(i)
+    def _directions(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """s O for each update, all blocks of a shape as one batch."""
+
+        def block(shape: torch.Size) -> tuple[int, int]:
+            rows, columns = shape
+            return (columns, columns) if group["split_qkv"] and rows == 3 * columns else (rows, columns)
+
         directions = list(updates)
-        for (rows, columns), members in shapes.items():
+        for (rows, columns), members in by_shape(updates, block):
             blocks = [updates[i].reshape(-1, rows, columns) for i in members]
-            batch = newton_schulz(torch.cat(blocks), group["ns"], self.ns_dtype).to(blocks[0].dtype)
+            batch = self._orthogonalize(torch.cat(blocks), group).to(blocks[0].dtype)
             batch *= SCALES[group["scale"]](rows, columns)
             for i, part in zip(members, batch.split([b.size(0) for b in blocks]), strict=True):
                 directions[i] = part.reshape(updates[i].shape)
         return directions
+
+    def _orthogonalize(self, batch: Tensor, group: dict[str, Any]) -> Tensor:
+        """O for a batch of matrices (n, rows, columns)."""
+        return newton_schulz(batch, group["ns"], self.ns_dtype)
+
+
+def by_shape(tensors: list[Tensor], key: Callable[[torch.Size], Any] = tuple) -> Iterable[tuple[Any, list[int]]]:
+    """The indices of the tensors by (a function of) their shape."""
+    shapes: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        shapes.setdefault(key(tensor.shape), []).append(i)
+    return shapes.items()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..config import alpha_schedule, lr_schedule
+from ..config import alpha_schedule, lookahead_position, lr_schedule
 from ..data.loader import MicroBatch, prefetch
 from ..errors import ConfigError
 from ..lookahead import Wrapper
@@ -69,7 +69,7 @@ def train(
 
     eval_precision = nullcontext() if cfg.model.get("eval_float32", True) else precision
     evaluate = partial(evaluate_on, dataset, compiled, ranks, micro_batch_size, eval_precision)
-    full_alpha = None if cfg.lookahead.name == "none" else cfg.lookahead.alpha
+    full_alpha = None if cfg.lookahead.name == "none" else lookahead_position(cfg)
     tokens_per_step = cfg.batch_size * cfg.seq_len
     bytes_per_token = dataset.bytes_per_token()
 

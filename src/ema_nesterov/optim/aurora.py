@@ -1,0 +1,61 @@
+"""Aurora: Muon whose orthogonal factor has rows of (nearly) equal norm (tilde-research 2026).
+
+A semi-orthogonal m x n matrix with m > n has rows of squared norm n / m on average, but single rows
+may vanish. Aurora scales the rows before taking the polar factor, such that they come out alike. With U
+the Nesterov momentum of Muon (transposed if wide) and tau = n / m:
+
+    D_i = 1 / ||U_i||
+    P   = polar(D U);   D_i <- D_i (tau / ||P_i||^2)^exponent       repeated; the last P is the update
+    W   <- (1 - lr wd) W - lr sqrt(max(1, rows / columns)) P
+
+A square matrix is Muon's: all rows of an orthogonal matrix have norm 1. polar is Newton-Schulz, 12 steps
+of (2, -1.5, 0.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .muon import Muon
+from .newton_schulz import newton_schulz
+
+EPS = 1e-7
+
+
+class Aurora(Muon):
+    """Aurora for 2-D parameters; state and errors are Muon's.
+
+    iterations: polar factors per step. exponent: how far each one corrects the rows.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        iterations: int = 2,
+        exponent: float = 0.5,
+        ns_dtype: torch.dtype | None = None,
+    ):
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {iterations}")
+        super().__init__(params, lr, momentum, weight_decay, "spectral", "polar12", False, ns_dtype)
+        self.iterations, self.exponent = iterations, exponent
+
+    def _orthogonalize(self, batch: Tensor, group: dict[str, Any]) -> Tensor:
+        rows, columns = batch.shape[-2:]
+        if rows == columns:
+            return super()._orthogonalize(batch, group)
+        u = batch if rows > columns else batch.mT
+        tau = u.size(-1) / u.size(-2)
+        d = 1 / u.norm(dim=-1, keepdim=True).clamp_min(EPS)
+        p = newton_schulz(d * u, "polar12", self.ns_dtype)
+        for _ in range(self.iterations - 1):
+            d = d * (tau / p.float().square().sum(-1, keepdim=True).clamp_min(EPS**2)) ** self.exponent
+            p = newton_schulz(d * u, "polar12", self.ns_dtype)
+        return p if rows > columns else p.mT

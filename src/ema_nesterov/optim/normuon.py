@@ -1,0 +1,66 @@
+"""NorMuon: Muon with the rows of its update normalised by their running second moment (Li et al. 2025).
+
+With O the orthogonalized momentum of Muon, for each row i of the parameter (of the whole fused QKV):
+
+    v_i <- beta2 v_i + (1 - beta2) mean_j O_ij^2          from 0, without bias correction
+    N   <- O_i / (sqrt(v_i) + 1e-10)
+    W   <- (1 - lr wd) W - lr s N ||O||_F / (||N||_F + 1e-10)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .muon import Muon, by_shape
+
+
+class NorMuon(Muon):
+    """NorMuon for 2-D parameters. The state is Muon's momentum and one number per row.
+
+    Arguments and errors are Muon's; beta2 is the rate of the rows' second moment.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        weight_decay: float = 0.0,
+        scale: str = "spectral",
+        ns: str = "quintic5",
+        split_qkv: bool = False,
+        ns_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(params, lr, momentum, weight_decay, scale, ns, split_qkv, ns_dtype)
+        self.defaults["beta2"] = beta2
+        for group in self.param_groups:
+            group.setdefault("beta2", beta2)
+
+    def _directions(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        directions = super()._directions(params, updates, group)
+        for _, members in by_shape(directions):
+            o = torch.stack([directions[i] for i in members])  # (n, rows, columns), s included: it cancels in N
+            moments = [self._row_moments(params[i]) for i in members]
+            v = torch.stack(moments).lerp_(o.square().mean(-1, keepdim=True), 1 - group["beta2"])
+            torch._foreach_copy_(moments, list(v.unbind()))
+            n = o / (v.sqrt() + 1e-10)
+            n *= frobenius(o) / (frobenius(n) + 1e-10)
+            for i, direction in zip(members, n.unbind(), strict=True):
+                directions[i] = direction
+        return directions
+
+    def _row_moments(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "row_moments" not in state:
+            state["row_moments"] = p.new_zeros(p.size(0), 1)
+        return state["row_moments"]
+
+
+def frobenius(matrices: Tensor) -> Tensor:
+    """The Frobenius norm of each matrix of a batch, (n, 1, 1)."""
+    return matrices.norm(dim=(-2, -1), keepdim=True)

@@ -1,0 +1,252 @@
+"""The schemas of the config groups: a key that is not here, or of another type, fails at composition.
+
+Every group names its schema in its defaults list. A value without a default is set in the YAML files
+of configs/; the defaults here are those that a run's hash leaves out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    architecture: str = MISSING
+    vocab_size: int = MISSING
+    pad_vocab_to: int = 1  # round the rows of the tables up to a multiple; the loss stays the same
+    autocast: bool = True  # on a GPU: bfloat16 autocast, or (false) weights cast per product
+    eval_float32: bool = True  # on a GPU: validate in float32, as the published runs of this model do
+
+
+@dataclass
+class NanoGPT124MConfig(ModelConfig):
+    layers: int = MISSING
+    heads: int = MISSING
+    width: int = MISSING
+
+
+@dataclass
+class NanoGPT162MConfig(ModelConfig):
+    layers: int = MISSING
+    width: int = MISSING
+    head_dim: int = MISSING
+    autocast: bool = False
+    eval_float32: bool = False
+
+
+@dataclass
+class LlamaConfig(ModelConfig):
+    layers: int = MISSING
+    heads: int = MISSING
+    width: int = MISSING
+    mlp_width: int = MISSING
+    max_seq_len: int = 2048
+    padding_idx: int | None = 1  # this embedding row stays 0; the released code has T5's end-of-sentence here
+
+
+# --- datasets -------------------------------------------------------------------------------------
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    path: str = MISSING  # folder of shards: *_train_*.bin and *_val_*.bin
+    vocab_size: int = MISSING  # of the tokenizer; the model's must be at least as large
+    tokenizer: str = MISSING
+    layout: str = "stream"  # stream: windows of seq_len over documents end to end; rows: one document a row
+    row_len: int | None = None  # rows only: tokens of a row
+    pad_id: int | None = None  # rows only: targets of this id do not count
+    val_tokens: int = MISSING  # the first of the validation shards, the same for every run
+    probe_tokens: int = MISSING  # the first of them that the probe uses
+    shuffle: bool = False  # permute the windows of each epoch by the seed
+    max_epochs: int = 1  # passes over the training tokens before the data has run out
+    prepare: str | None = None  # how train.py makes the folder when it is missing
+
+
+# --- optimizers -----------------------------------------------------------------------------------
+
+
+@dataclass
+class AdamWConfig:
+    name: str = MISSING
+    lr: float = MISSING
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices and tables, never on vectors
+
+
+@dataclass
+class AuxAdamConfig:
+    """AdamW for what a matrix optimizer does not take; a learning rate of null is that optimizer's."""
+
+    embedding_lr: float | None = None
+    head_lr: float | None = None
+    vector_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class MuonConfig:
+    name: str = MISSING
+    lr: float = MISSING
+    momentum: float = 0.95
+    weight_decay: float = 0.0
+    scale: str = MISSING  # spectral | max_dim
+    ns: str = "quintic5"  # quintic5 | polar12
+    split_qkv: bool = False
+    adam: AuxAdamConfig = field(default_factory=AuxAdamConfig)
+
+
+@dataclass
+class NorMuonConfig(MuonConfig):
+    beta2: float = 0.95
+
+
+@dataclass
+class AuroraConfig:
+    name: str = MISSING
+    lr: float = MISSING
+    momentum: float = 0.95
+    weight_decay: float = 0.0
+    iterations: int = 2
+    exponent: float = 0.5
+    adam: AuxAdamConfig = field(default_factory=AuxAdamConfig)
+
+
+# --- lookaheads -----------------------------------------------------------------------------------
+
+
+@dataclass
+class NoLookaheadConfig:
+    name: str = MISSING
+
+
+@dataclass
+class NesterovConfig:
+    name: str = MISSING
+    alpha: float = MISSING
+    warmup_steps: float = MISSING  # alpha is 0 before; below 1: a fraction of the run's steps
+    rest_steps: float = MISSING  # alpha is 0 over the last of them; below 1: a fraction
+
+
+@dataclass
+class EMANesterovConfig(NesterovConfig):
+    ema_decay: float = MISSING
+    warm_start: bool = False
+
+
+@dataclass
+class NALAConfig(NesterovConfig):
+    k: int = MISSING
+
+
+@dataclass
+class LookaheadConfig:
+    name: str = MISSING
+    alpha: float = MISSING
+    k: int = MISSING
+    inner_state: str = "maintain"  # maintain | interpolate | reset
+    adaptive: bool = False
+
+
+@dataclass
+class SNOOConfig:
+    name: str = MISSING
+    lr: float = MISSING
+    momentum: float = MISSING
+    k: int = MISSING
+
+
+@dataclass
+class GPAConfig:
+    name: str = MISSING
+    mu_x: float = MISSING
+    mu_y: float = MISSING
+
+
+# --- schedule, trainer, logger --------------------------------------------------------------------
+
+
+@dataclass
+class ScheduleConfig:
+    decay: str = MISSING  # linear | exponential
+    warmup_steps: float = 0.0  # below 1: a fraction of the run's steps
+    decay_steps: float = MISSING
+    min_ratio: float | None = None  # null: 0 linear, 0.1 exponential
+
+
+@dataclass
+class TrainerConfig:
+    device: str = "auto"  # auto | cpu | cuda
+    compile: bool | None = None  # null: on a GPU only
+    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    keep_checkpoints: int = 2
+    workers: int = 1  # threads that read batches ahead; 0: read when needed
+
+
+@dataclass
+class LoggerConfig:
+    name: str = MISSING
+    project: str = "ema-nesterov"
+    entity: str | None = None
+    mode: str = "online"  # online | offline | disabled
+    x_axis: str = "tokens"  # tokens | step
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    name: str = MISSING  # folder of the run below runs_dir
+    steps: int = MISSING
+    seed: int = 0
+    seq_len: int = MISSING
+    batch_size: int = MISSING  # sequences per optimizer step, over all ranks
+    micro_batch_size: int | None = None  # per rank; null: what a rank gets of a batch, 64 at most
+    runs_dir: str = "runs"
+    eval_every: int = 100  # 0: only at the end
+    probe_every: int = 0  # 0: never
+    probe_ema_decay: float = 0.99  # of the weight EMA that runs without EMA-Nesterov keep when probes are on
+    checkpoint_every: int = 1000  # 0: only at the end
+    log_every: int = 10
+    plugins: list[str] = field(default_factory=list)  # modules whose classes `_target_` may name
+    model: Any = MISSING
+    dataset: Any = MISSING
+    optimizer: Any = MISSING
+    lookahead: Any = MISSING
+    schedule: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+
+
+SCHEMAS = {
+    "train": TrainConfig,
+    "nanogpt_124m": NanoGPT124MConfig,
+    "nanogpt_162m": NanoGPT162MConfig,
+    "llama": LlamaConfig,
+    "token_shards": DatasetConfig,
+    "adamw": AdamWConfig,
+    "muon": MuonConfig,
+    "normuon": NorMuonConfig,
+    "aurora": AuroraConfig,
+    "no_lookahead": NoLookaheadConfig,
+    "nesterov": NesterovConfig,
+    "ema_nesterov": EMANesterovConfig,
+    "nala": NALAConfig,
+    "lookahead": LookaheadConfig,
+    "snoo": SNOOConfig,
+    "gpa": GPAConfig,
+    "wsd": ScheduleConfig,
+    "trainer": TrainerConfig,
+    "logger": LoggerConfig,
+}
+for _name, _node in SCHEMAS.items():
+    ConfigStore.instance().store(group="schema", name=_name, node=_node)
