@@ -163,7 +163,8 @@ def _check_optimizer(cfg: DictConfig) -> None:
         _choice("optimizer.ns", o.ns, ["quintic5", "polar12"])
     for key in ("momentum", "beta2"):
         _require(0 <= o.get(key, 0) < 1, f"optimizer.{key}", o.get(key), "in [0, 1)")
-    _require(o.get("iterations", 1) >= 1, "optimizer.iterations", o.get("iterations"), "at least 1")
+    for key in ("iterations", "precondition_frequency", "max_dim"):
+        _require(o.get(key, 1) >= 1, f"optimizer.{key}", o.get(key), "at least 1")
     if "adam" in o:
         for key in ("embedding_lr", "head_lr", "vector_lr"):
             _require(adam[key] is None or adam[key] > 0, f"optimizer.adam.{key}", adam[key], "above 0")

@@ -122,6 +122,18 @@ class AuroraConfig:
     adam: AuxAdamConfig = field(default_factory=AuxAdamConfig)
 
 
+@dataclass
+class SOAPConfig:
+    name: str = MISSING
+    lr: float = MISSING
+    betas: tuple[float, float] = (0.95, 0.95)
+    precondition_frequency: int = 10
+    weight_decay: float = 0.0
+    split_qkv: bool = False
+    eps: float = 1e-8
+    max_dim: int = 10000
+
+
 # --- lookaheads -----------------------------------------------------------------------------------
 
 
@@ -237,6 +249,7 @@ SCHEMAS = {
     "muon": MuonConfig,
     "normuon": NorMuonConfig,
     "aurora": AuroraConfig,
+    "soap": SOAPConfig,
     "no_lookahead": NoLookaheadConfig,
     "nesterov": NesterovConfig,
     "ema_nesterov": EMANesterovConfig,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.models import build_model
-from ema_nesterov.optim import AdamW, Aurora, Chain, Muon, NorMuon
+from ema_nesterov.optim import SOAP, AdamW, Aurora, Chain, Muon, NorMuon
 from ema_nesterov.optim.build import _require_cover, build_optimizer, parameter_roles
 from ema_nesterov.optim.newton_schulz import newton_schulz
 from tests.conftest import composed
@@ -79,9 +79,60 @@ def test_normuon_keeps_the_size_of_muons_step_and_evens_its_rows() -> None:
     assert a.norm(dim=1).std() < 1e-5 < b.norm(dim=1).std()
 
 
-@pytest.mark.parametrize("make", [Muon, NorMuon, Aurora])
-def test_saved_and_loaded_goes_on_bit_for_bit(make: type[Muon]) -> None:
-    def build() -> tuple[list[Tensor], Muon]:
+def test_soap_matches_the_authors_trajectory_where_its_basis_is_unique() -> None:
+    """The square matrices: elsewhere the first eigenbasis has a null space, in which rounding decides."""
+    t = Trajectory("base_soap", torch.float32)
+    params, m = t.parameters(), t.meta
+    soap = SOAP(params, m["lr"], m["betas"], m["precondition_frequency"], split_qkv=True)
+    assert max(t.error(params, soap, nullcontext)[1:3]) < 1e-5
+
+
+def test_soap_is_adam_where_nothing_is_preconditioned() -> None:
+    """For vectors, and for sides beyond max_dim; SOAP's first call does not move, and does not count."""
+    ours, theirs = random_matrices([(6, 4)]), random_matrices([(6, 4)])
+    ours.append(torch.ones(5, requires_grad=True))
+    theirs.append(torch.ones(5, requires_grad=True))
+    soap = SOAP(ours, lr=0.1, betas=(0.9, 0.95), max_dim=3, weight_decay=0.0)
+    adam = AdamW(theirs, lr=0.1, betas=(0.9, 0.95), eps=0.0, weight_decay=0.0)
+    give_gradients(ours, 0)
+    soap.step()
+    for step in range(1, 6):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        soap.step()
+        adam.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_soap_works_on_a_batch_as_on_each_matrix_alone() -> None:
+    together, apart = (random_matrices([(8, 8), (24, 8), (8, 8)]) for _ in range(2))
+    options: dict[str, Any] = dict(lr=0.1, precondition_frequency=2, split_qkv=True)
+    optimizers = [SOAP(together, **options), *(SOAP([p], **options) for p in apart)]
+    for step in range(6):
+        give_gradients(together, step)
+        give_gradients(apart, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, apart, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
+
+
+def test_soap_waits_for_parameters_that_join_late() -> None:
+    early, late = random_matrices([(8, 8), (8, 8)])
+    soap = SOAP([early, late], lr=0.1, precondition_frequency=2)
+    for step in range(3):
+        give_gradients([early], step)
+        soap.step()
+    for step in range(3, 6):
+        give_gradients([early, late], step)
+        soap.step()
+    assert (soap.state[early]["step"], soap.state[late]["step"]) == (5, 2)
+
+
+@pytest.mark.parametrize("make", [Muon, NorMuon, Aurora, SOAP])
+def test_saved_and_loaded_goes_on_bit_for_bit(make: Any) -> None:
+    def build() -> tuple[list[Tensor], Any]:
         params = random_matrices([(8, 8), (24, 8), (6, 10)])
         return params, make(params, lr=0.1)
 
@@ -197,7 +248,7 @@ def test_chain_refuses_a_parameter_twice() -> None:
 
 def test_every_parameter_is_covered_exactly_once() -> None:
     for name in ("tiny", "nanogpt_124m", "nanogpt_162m", "llama_60m"):
-        for optimizer in ("adamw", "muon", "normuon", "aurora"):
+        for optimizer in ("adamw", "muon", "normuon", "aurora", "soap"):
             cfg = composed(f"model={name}", f"optimizer={optimizer}", "probe_every=1")
             with torch.device("meta"):
                 model = build_model(cfg.model)

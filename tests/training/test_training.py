@@ -79,6 +79,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, sample: Path, s
         ("lookahead=snoo", "lookahead.k=4"),
         ("lookahead=gpa", "optimizer=normuon"),
         ("optimizer=aurora", "lookahead.alpha=0.3"),
+        ("optimizer=soap", "optimizer.precondition_frequency=2"),
         ("optimizer=adamw", "trainer.grad_clip=0.5"),
         ("schedule=wsd_exponential", "lookahead.warm_start=true"),
     ],

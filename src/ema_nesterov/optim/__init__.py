@@ -6,5 +6,6 @@ from .aurora import Aurora
 from .chain import Chain
 from .muon import Muon
 from .normuon import NorMuon
+from .soap import SOAP
 
-__all__ = ["AdamW", "Aurora", "Chain", "Muon", "NorMuon"]
+__all__ = ["SOAP", "AdamW", "Aurora", "Chain", "Muon", "NorMuon"]

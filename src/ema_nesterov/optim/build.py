@@ -17,6 +17,7 @@ from .aurora import Aurora
 from .chain import Chain
 from .muon import Muon
 from .normuon import NorMuon
+from .soap import SOAP
 
 MATRIX_OPTIMIZERS = {"muon": Muon, "normuon": NorMuon, "aurora": Aurora}
 ROLES = ("embedding", "head", "matrix", "vector")
@@ -88,6 +89,9 @@ def _build_base(model: nn.Module, cfg: DictConfig) -> Optimizer:
     roles = parameter_roles(model)
     if o.name == "adamw":
         return _adamw({role: (params, o.lr) for role, params in roles.items()}, o)
+    if o.name == "soap":
+        options = {str(key): value for key, value in o.items() if key not in ("name", "betas")}
+        return SOAP([p for params in roles.values() for p in params], betas=tuple(o.betas), **options)
     if o.name in MATRIX_OPTIMIZERS:
         rates = {"embedding": o.adam.embedding_lr, "head": o.adam.head_lr, "vector": o.adam.vector_lr}
         aux = {role: (roles[role], o.lr if rate is None else rate) for role, rate in rates.items()}
