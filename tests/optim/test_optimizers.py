@@ -263,6 +263,16 @@ def test_a_forgotten_parameter_fails_by_name() -> None:
         _require_cover(model, AdamW(model[0].parameters(), lr=0.1))
 
 
+def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_no_head() -> None:
+    for name in ("tiny", "llama_60m"):
+        mlp = "model.width=1024" if name == "tiny" else "model.mlp_width=4096"
+        with torch.device("meta"):
+            model = build_model(composed(f"model={name}", "model.vocab_size=4096", mlp).model)
+        roles = parameter_roles(model)
+        assert len(roles["head"]) == (name != "tiny")
+        assert len(roles["matrix"]) == (4 * 4 if name == "tiny" else 8 * 7)
+
+
 def test_roles_follow_the_papers_split() -> None:
     expected = {
         "nanogpt_124m": {"embedding": 38_597_376, "head": 0, "matrix": 84_934_656, "vector": 0},

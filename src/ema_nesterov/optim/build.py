@@ -26,12 +26,13 @@ ROLES = ("embedding", "head", "matrix", "vector")
 def parameter_roles(model: nn.Module) -> dict[str, list[Tensor]]:
     """The trainable parameters by what they are, tied ones once.
 
-    embedding: tables of nn.Embedding (a tied head included). head: the weight of an nn.Linear with as
-    many rows as a table. vector: fewer than two dimensions. matrix: the rest.
+    embedding: tables of nn.Embedding (a tied head included). head: the weight of the last nn.Linear, if it
+    has as many rows as a table. vector: fewer than two dimensions. matrix: the rest.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     rows = {m.weight.size(0) for m in model.modules() if isinstance(m, nn.Embedding)}
-    heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.weight.size(0) in rows}
+    last = [m.weight for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    heads = {id(weight) for weight in last if weight.size(0) in rows}
 
     def role_of(p: Tensor) -> str:
         if id(p) in tables:
