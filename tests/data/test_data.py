@@ -173,6 +173,16 @@ def test_the_sample_is_split_by_document_and_decodes_to_its_text(sample: Path) -
     assert len(manifest["token_bytes"]) == manifest["vocab_size"] == 4096
 
 
+def test_bytes_per_token_count_the_text_of_the_targets_alone(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"c4_{split}_000000.bin", np.array([2, 3, 4, 1, 0, 3, 3, 1, 0, 0]))
+    manifest = {"tokenizer": "t5", "token_bytes": [0, 0, 1, 2, 6]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    overrides = ["dataset=c4", f"dataset.path={tmp_path}", "dataset.val_tokens=10", "dataset.row_len=5"]
+    data = TokenDataset(composed(*overrides).dataset, 100, 5, 0)
+    assert data.bytes_per_token() == (2 + 6 + 0 + 2 + 0) / 5  # targets 3 4 1 and 3 1
+
+
 def test_preparing_again_leaves_the_folder_alone(sample: Path) -> None:
     before = {p.name: p.stat().st_mtime_ns for p in sample.iterdir()}
     prepare_sample(sample, "sample_bpe4096", 4096)

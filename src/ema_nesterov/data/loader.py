@@ -65,6 +65,7 @@ class TokenDataset:
             return None
         lengths = torch.tensor(self.manifest["token_bytes"])
         targets = torch.cat([t.flatten() for _, t in self.validation(self.cfg.val_tokens, 0, 1, 64)])
+        targets = targets[targets != -100]
         return lengths[targets].sum().item() / targets.numel()
 
     def batch(self, step: int, batch_size: int, rank: int, ranks: int, micro_batch_size: int) -> list[MicroBatch]:
