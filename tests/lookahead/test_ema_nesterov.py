@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -148,39 +146,6 @@ def test_step_refuses_another_position() -> None:
     wrapper.eval()
     with pytest.raises(RuntimeError, match="train"):
         wrapper.step()
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("base", sorted(BASES))
-@pytest.mark.parametrize("gamma", [0.9, 0.0])
-def test_saved_and_loaded_goes_on_bit_for_bit(mode: str, base: str, gamma: float) -> None:
-    def build() -> tuple[list[Tensor], EMANesterov]:
-        params = parameters(torch.float32)
-        return params, EMANesterov(BASES[base](params), lambda step: 0.1 * step, gamma)
-
-    straight, wrapper = build()
-    for step in range(8):
-        take_step(wrapper, straight, step)
-
-    first, saved = build()
-    for step in range(4):
-        take_step(saved, first, step)
-    getattr(saved, mode)()
-    file = io.BytesIO()
-    torch.save({"params": first, "optimizer": saved.state_dict()}, file)
-
-    file.seek(0)
-    state: dict[str, Any] = torch.load(file, weights_only=True)
-    second, loaded = build()
-    with torch.no_grad():
-        for p, value in zip(second, state["params"], strict=True):
-            p.copy_(value)
-    loaded.load_state_dict(state["optimizer"])
-    loaded.train()
-    for step in range(4, 8):
-        take_step(loaded, second, step)
-    assert_same([p.detach() for p in second], [p.detach() for p in straight])
-    assert_same(loaded.state_dict(), wrapper.state_dict())
 
 
 def test_loading_names_the_first_mismatch() -> None:

@@ -21,7 +21,7 @@ from tests.lookahead.test_ema_nesterov import BASES, parameters, take_step
 from tests.trajectories import Trajectory
 
 WRAPPERS: dict[str, Callable[[Optimizer], Any]] = {
-    "ema_nesterov": lambda base: EMANesterov(base, 0.7, 0.9),
+    "ema_nesterov": lambda base: EMANesterov(base, lambda step: 0.1 * step, 0.9),
     "nesterov": lambda base: Nesterov(base, 0.7),
     "nala": lambda base: NALA(base, 0.7, 3),
     "lookahead": lambda base: Lookahead(base, 0.5, 3),
