@@ -161,9 +161,12 @@ def test_nala_looks_ahead_at_every_kth_step_along_k_steps() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(mu_y=st.floats(0.1, 0.9), share=st.floats(0.0, 0.95))
+@given(mu_y=st.floats(0.1, 0.9), share=st.one_of(st.just(0.0), st.floats(0.05, 0.95)))
 def test_gpa_is_ema_nesterov_under_the_mapping(mu_y: float, share: float) -> None:
-    """Gradients at the same points, for gamma = (mu_x - mu_y) / (1 - mu_y) and updates times 1 - mu_y."""
+    """Gradients at the same points, for gamma = share = (mu_x - mu_y) / (1 - mu_y) and updates times 1 - mu_y.
+
+    Below 0.05, but not at 0, the one-buffer form amplifies rounding by 1 / gamma.
+    """
     mu_x = mu_y + share * (1 - mu_y)
     a, b = parameters(), parameters()
     gpa = GPA(SGD(a, lr=0.1), mu_x, mu_y)
