@@ -6,7 +6,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from ema_nesterov.config import alpha_schedule, check, lr_schedule, steps_of
+from ema_nesterov.config import alpha_schedule, check, lr_schedule, momentum_schedule, steps_of
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.training.identity import run_hash
 from tests.conftest import ROOT, composed
@@ -27,10 +27,11 @@ def test_every_experiment_composes_and_is_valid(experiment: str) -> None:
 @pytest.mark.parametrize("group", ["model", "dataset", "optimizer", "lookahead", "schedule", "trainer", "logger"])
 def test_every_option_composes(group: str) -> None:
     for path in (ROOT / "configs" / group).glob("*.yaml"):
-        cfg = composed(f"{group}={path.stem}")
+        alone = ["lookahead=none"] if path.stem == "lr_matched" else []  # the control of a lookahead
+        cfg = composed(f"{group}={path.stem}", *alone)
         assert not OmegaConf.missing_keys(cfg)
         if group not in ("dataset",):  # a dataset may not fit the default model's vocabulary
-            check(composed(f"{group}={path.stem}", "dataset.vocab_size=100"))
+            check(composed(f"{group}={path.stem}", "dataset.vocab_size=100", *alone))
 
 
 def test_the_papers_numbers_stand_in_the_experiments() -> None:
@@ -47,6 +48,24 @@ def test_the_papers_numbers_stand_in_the_experiments() -> None:
     assert [llama(t) for t in (749, 750, 1999, 2000)] == [0.0, 0.7, 0.7, 0.0]
 
 
+def test_the_162m_records_differ_where_they_say() -> None:
+    base, wrapped = (composed(f"experiment=nanogpt_162m/{name}") for name in ("record30", "record30_ema_nesterov"))
+    rates = [
+        [round(lr_schedule(cfg, matrix)(t), 6) for t in (600, 1700, 2899)]
+        for cfg in (base, wrapped)
+        for matrix in (0, 1)
+    ]
+    constants = [(1.6589351369335795e-4, 3050), (8.845209253220434e-5, 3050)]
+    constants += [(c, 2980) for c, _ in constants]
+    expected = [[round(min(1.0, c * (end - t) ** 1.2), 6) for t in (600, 1700, 2899)] for c, end in constants]
+    assert rates == expected
+    momentum = momentum_schedule(base)
+    assert momentum is not None
+    assert [round(momentum(t), 4) for t in (0, 150, 300, 2920, 2970, 3019)] == [0.85, 0.9, 0.95, 0.95, 0.9, 0.851]
+    alpha = alpha_schedule(wrapped)
+    assert [alpha(t) > 0 for t in (299, 300, 1949, 1950)] == [False, True, True, False]
+
+
 def test_pairs_differ_in_nothing_but_the_lookahead() -> None:
     for pair in ("quickstart", "nanogpt_124m", "llama_60m"):
         base, wrapped = (
@@ -54,6 +73,16 @@ def test_pairs_differ_in_nothing_but_the_lookahead() -> None:
             for name in ("muon", "muon_ema_nesterov")
         )
         assert {key for key in base if base[key] != wrapped[key]} == {"name", "lookahead"}
+
+
+@pytest.mark.parametrize("pair", [e.removesuffix("_lr_matched") for e in EXPERIMENTS if e.endswith("_lr_matched")])
+def test_the_control_moves_as_far_as_the_lookahead(pair: str) -> None:
+    control, wrapped = (composed(f"experiment={pair}_{name}") for name in ("lr_matched", "ema_nesterov"))
+    assert control.lookahead.name == "none"
+    assert control.steps == wrapped.steps
+    alpha, lr, matched = alpha_schedule(wrapped), lr_schedule(wrapped), lr_schedule(control)
+    assert any(alpha(t) > 0 for t in range(control.steps))
+    assert all(matched(t) == lr(t) / (1 - alpha(t)) for t in range(control.steps))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +149,16 @@ def test_lengths_below_one_are_fractions_of_the_run(length: float, steps: int) -
         (["trainer.device=gpu"], "trainer.device=gpu must be one of auto, cpu, cuda"),
         (["trainer.grad_clip=-1"], "trainer.grad_clip"),
         (["micro_batch_size=0"], "micro_batch_size=0"),
+        (["schedule=lr_matched"], "type lookahead=none"),
+        (
+            ["schedule=lr_matched", "lookahead=none", "schedule.matched_alpha=1"],
+            r"matched_alpha=1.0 must be in \[0, 1\)",
+        ),
+        (["schedule.matrix_decay_steps=5"], "left out unless schedule.decay=power"),
+        (["schedule=power", "schedule.min_ratio=0.1"], "left out when schedule.decay=power"),
+        (["schedule=power", "optimizer=adamw"], "adamw has none"),
+        (["optimizer=soap", "lookahead=lookahead", "lookahead.inner_state=interpolate"], "moments turn"),
+        (["model=nanogpt_162m", "model.init=record31", "dataset.vocab_size=9"], "did you mean record30"),
     ],
 )
 def test_an_impossible_combination_is_refused_in_one_line(overrides: list[str], message: str) -> None:

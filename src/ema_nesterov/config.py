@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import schemas  # noqa: F401  (registers them)
 from .errors import ConfigError
-from .schedules import Schedule, lookahead_alpha, wsd
+from .schedules import Schedule, lookahead_alpha, lr_matched, momentum_ramp, power, wsd
 
 # --- derived values -------------------------------------------------------------------------------
 
@@ -27,13 +27,37 @@ def steps_of(length: float, total: int, key: str = "length") -> int:
     return round(length * total) if length < 1 else int(length)
 
 
-def lr_schedule(cfg: DictConfig) -> Schedule:
-    """The factor on the learning rate as a function of the step."""
+def lr_schedule(cfg: DictConfig, matrix: bool = False) -> Schedule:
+    """The factor on the learning rate as a function of the step; matrix: on that of the matrix optimizer."""
     s = cfg.schedule
-    warmup = steps_of(s.warmup_steps, cfg.steps, "schedule.warmup_steps")
-    decay = steps_of(s.decay_steps, cfg.steps, "schedule.decay_steps")
     try:
-        return wsd(cfg.steps, warmup, decay, s.min_ratio, s.decay)
+        if s.decay == "power":
+            decay = s.matrix_decay_steps if matrix and s.matrix_decay_steps is not None else s.decay_steps
+            lengths = (length * cfg.steps if length < 1 else length for length in (decay, s.extra_steps))
+            decay, extra = lengths
+            schedule = power(cfg.steps, decay, s.exponent, extra)
+        else:
+            warmup = steps_of(s.warmup_steps, cfg.steps, "schedule.warmup_steps")
+            decay = steps_of(s.decay_steps, cfg.steps, "schedule.decay_steps")
+            schedule = wsd(cfg.steps, warmup, decay, s.min_ratio, s.decay)
+        if s.matched_alpha:
+            warmup = steps_of(s.matched_warmup_steps, cfg.steps, "schedule.matched_warmup_steps")
+            rest = steps_of(s.matched_rest_steps, cfg.steps, "schedule.matched_rest_steps")
+            schedule = lr_matched(schedule, lookahead_alpha(s.matched_alpha, schedule, cfg.steps, warmup, rest))
+    except ValueError as e:
+        raise ConfigError(f"schedule: {e}") from None
+    return schedule
+
+
+def momentum_schedule(cfg: DictConfig) -> Schedule | None:
+    """The momentum of the matrix optimizer as a function of the step; None: it stays what it is."""
+    s = cfg.schedule
+    warmup = steps_of(s.momentum_warmup_steps, cfg.steps, "schedule.momentum_warmup_steps")
+    cooldown = steps_of(s.momentum_cooldown_steps, cfg.steps, "schedule.momentum_cooldown_steps")
+    if not warmup and not cooldown:
+        return None
+    try:
+        return momentum_ramp(cfg.steps, s.momentum_low, cfg.optimizer.momentum, warmup, cooldown)
     except ValueError as e:
         raise ConfigError(f"schedule: {e}") from None
 
@@ -85,9 +109,8 @@ def check(cfg: DictConfig) -> None:
     _check_dataset(cfg)
     _check_optimizer(cfg)
     _check_lookahead(cfg)
-    _choice("schedule.decay", cfg.schedule.decay, ["linear", "exponential"])
+    _check_schedule(cfg)
     alpha_schedule(cfg)
-    lr_schedule(cfg)
     _choice("trainer.device", cfg.trainer.device, ["auto", "cpu", "cuda"])
     _require(cfg.trainer.grad_clip >= 0, "trainer.grad_clip", cfg.trainer.grad_clip, "at least 0")
     _require(cfg.trainer.keep_checkpoints >= 1, "trainer.keep_checkpoints", cfg.trainer.keep_checkpoints, "at least 1")
@@ -118,6 +141,7 @@ def _check_model(cfg: DictConfig) -> None:
         _require(m[key] >= 1, f"model.{key}", m[key], "at least 1")
     if m.architecture == "nanogpt_162m":
         _require(m.head_dim % 4 == 0, "model.head_dim", m.head_dim, "a multiple of 4")
+        _choice("model.init", m.init, ["normal", "record30"])
         _require(m.width % m.head_dim == 0, "model.width", m.width, f"a multiple of model.head_dim={m.head_dim}")
     else:
         _require(m.heads >= 1 and m.width % (2 * m.heads) == 0, "model.width", m.width, f"a multiple of 2 x {m.heads}")
@@ -153,7 +177,8 @@ def _check_optimizer(cfg: DictConfig) -> None:
     if "_target_" in o:
         return
     _require(o.lr > 0, "optimizer.lr", o.lr, "above 0")
-    _require(o.weight_decay >= 0, "optimizer.weight_decay", o.weight_decay, "at least 0")
+    decay = o.get("weight_decay", 0.0)
+    _require(decay >= 0, "optimizer.weight_decay", decay, "at least 0")
     adam, prefix = (o.adam, "optimizer.adam") if "adam" in o else (o, "optimizer")
     betas = list(adam.betas)
     _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), f"{prefix}.betas", betas, "two numbers in [0, 1)")
@@ -161,13 +186,42 @@ def _check_optimizer(cfg: DictConfig) -> None:
     if "scale" in o:
         _choice("optimizer.scale", o.scale, ["spectral", "max_dim"])
         _choice("optimizer.ns", o.ns, ["quintic5", "polar12"])
-    for key in ("momentum", "beta2"):
+    for key in ("momentum", "beta2", "soap_beta"):
         _require(0 <= o.get(key, 0) < 1, f"optimizer.{key}", o.get(key), "in [0, 1)")
+    for key in ("mlp_blend", "value_blend", "brake"):
+        _require(0 <= o.get(key, 0) <= 1, f"optimizer.{key}", o.get(key), "between 0 and 1")
+    for key in ("value_floor", "contra", "update_floor"):
+        _require(o.get(key, 0) >= 0, f"optimizer.{key}", o.get(key), "at least 0")
+    if "contra_steps" in o:
+        steps_of(o.contra_steps, cfg.steps, "optimizer.contra_steps")
+        _require(o.gradient_scale > 0, "optimizer.gradient_scale", o.gradient_scale, "above 0")
     for key in ("iterations", "precondition_frequency", "max_dim"):
         _require(o.get(key, 1) >= 1, f"optimizer.{key}", o.get(key), "at least 1")
     if "adam" in o:
         for key in ("embedding_lr", "head_lr", "vector_lr"):
             _require(adam[key] is None or adam[key] > 0, f"optimizer.adam.{key}", adam[key], "above 0")
+
+
+def _check_schedule(cfg: DictConfig) -> None:
+    s = cfg.schedule
+    _choice("schedule.decay", s.decay, ["linear", "exponential", "power"])
+    _require(0 <= s.momentum_low < 1, "schedule.momentum_low", s.momentum_low, "in [0, 1)")
+    _require(0 <= s.matched_alpha < 1, "schedule.matched_alpha", s.matched_alpha, "in [0, 1)")
+    if s.decay == "power":
+        for key in ("warmup_steps", "min_ratio"):
+            _require(not s[key], f"schedule.{key}", s[key], "left out when schedule.decay=power")
+    else:
+        for key in ("extra_steps", "matrix_decay_steps"):
+            _require(not s[key], f"schedule.{key}", s[key], "left out unless schedule.decay=power")
+    if (s.momentum_warmup_steps or s.momentum_cooldown_steps) and "momentum" not in cfg.optimizer:
+        raise ConfigError(f"schedule.momentum_* moves a matrix optimizer's momentum, {cfg.optimizer.name} has none")
+    if s.matched_alpha and cfg.lookahead.name != "none":
+        raise ConfigError(
+            "schedule.matched_alpha is the control of a lookahead, by the base alone; type lookahead=none"
+        )
+    lr_schedule(cfg)
+    lr_schedule(cfg, matrix=True)
+    momentum_schedule(cfg)
 
 
 def _check_lookahead(cfg: DictConfig) -> None:
@@ -185,6 +239,8 @@ def _check_lookahead(cfg: DictConfig) -> None:
             _require(holds(look[key]), f"lookahead.{key}", look[key], what)
     if "inner_state" in look:
         _choice("lookahead.inner_state", look.inner_state, ["maintain", "interpolate", "reset"])
+        if look.inner_state == "interpolate" and cfg.optimizer.name in ("soap", "record30"):
+            raise ConfigError("SOAP's moments turn with its bases; type lookahead.inner_state=maintain, or reset")
         if look.adaptive and cfg.optimizer.name != "adamw":
             raise ConfigError("lookahead.adaptive=true needs the second moment of Adam; type optimizer=adamw")
 

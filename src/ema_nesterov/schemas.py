@@ -37,6 +37,8 @@ class NanoGPT162MConfig(ModelConfig):
     layers: int = MISSING
     width: int = MISSING
     head_dim: int = MISSING
+    init: str = "normal"  # normal | record30
+    float32_gains: bool = False  # on a GPU: multiply the norms' gains in float32
     autocast: bool = False
     eval_float32: bool = False
 
@@ -123,6 +125,26 @@ class AuroraConfig:
 
 
 @dataclass
+class Record30Config:
+    name: str = MISSING
+    lr: float = MISSING
+    momentum: float = 0.95
+    mlp_blend: float = 1.0  # of SOAP, in the matrices of the MLP
+    value_blend: float = 0.95  # and in the value projections
+    value_floor: float = 0.55
+    contra: float = 0.2
+    contra_steps: float = MISSING  # below 1: a fraction of the run's steps
+    update_floor: float = 0.3825
+    brake: float = 0.5
+    soap_beta: float = 0.9
+    precondition_frequency: int = 10
+    iterations: int = 3
+    exponent: float = 0.25
+    gradient_scale: float = 1.0  # of a summed loss: the tokens of a step
+    adam: AuxAdamConfig = field(default_factory=AuxAdamConfig)
+
+
+@dataclass
 class SOAPConfig:
     name: str = MISSING
     lr: float = MISSING
@@ -190,10 +212,23 @@ class GPAConfig:
 
 @dataclass
 class ScheduleConfig:
-    decay: str = MISSING  # linear | exponential
-    warmup_steps: float = 0.0  # below 1: a fraction of the run's steps
+    """Of the learning rate, and of the matrices' momentum. Lengths below 1 are fractions of the run's steps."""
+
+    decay: str = MISSING  # linear | exponential | power
+    warmup_steps: float = 0.0
     decay_steps: float = MISSING
     min_ratio: float | None = None  # null: 0 linear, 0.1 exponential
+    exponent: float = 1.2  # power only, as are the next two
+    extra_steps: float = 0.0  # how long after the run's end the rate would be 0
+    matrix_decay_steps: float | None = None  # of the matrices, when other than decay_steps
+    momentum_low: float = 0.85  # the matrices' momentum rises from here, and falls back
+    momentum_warmup_steps: float = 0.0
+    momentum_cooldown_steps: float = 0.0
+    matched_alpha: float = (
+        0.0  # the rate is multiplied by 1 / (1 - alpha_t): the control of a lookahead with this alpha
+    )
+    matched_warmup_steps: float = 0.0  # of that alpha_t
+    matched_rest_steps: float = 0.0
 
 
 @dataclass
@@ -250,6 +285,7 @@ SCHEMAS = {
     "normuon": NorMuonConfig,
     "aurora": AuroraConfig,
     "soap": SOAPConfig,
+    "record30": Record30Config,
     "no_lookahead": NoLookaheadConfig,
     "nesterov": NesterovConfig,
     "ema_nesterov": EMANesterovConfig,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -18,22 +17,8 @@ from ema_nesterov.lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nest
 from ema_nesterov.optim import Chain, Muon
 from tests.conftest import assert_same
 from tests.lookahead.test_ema_nesterov import BASES, parameters, take_step
+from tests.pairs import WRAPPERS, values
 from tests.trajectories import Trajectory
-
-WRAPPERS: dict[str, Callable[[Optimizer], Any]] = {
-    "ema_nesterov": lambda base: EMANesterov(base, lambda step: 0.1 * step, 0.9),
-    "nesterov": lambda base: Nesterov(base, 0.7),
-    "nala": lambda base: NALA(base, 0.7, 3),
-    "lookahead": lambda base: Lookahead(base, 0.5, 3),
-    "lookahead_reset": lambda base: Lookahead(base, 0.5, 3, inner_state="reset"),
-    "lookahead_interpolate": lambda base: Lookahead(base, 0.5, 3, inner_state="interpolate"),
-    "snoo": lambda base: SNOO(base, 0.8, 0.5, 3),
-    "gpa": lambda base: GPA(base, 0.9, 0.6),
-}
-
-
-def values(params: list[Tensor]) -> list[Tensor]:
-    return [p.detach().clone() for p in params]
 
 
 def close(a: list[Tensor], b: list[Tensor]) -> None:
@@ -57,37 +42,6 @@ def test_matches_the_authors_trajectories(name: str, base: str) -> None:
         wrapper = GPA(inner, m["mu_x"], m["mu_y"])
     position = 0.0 if name == "gpa" else 1.0  # for the other two the reference holds the fast weights
     assert max(t.error(params, wrapper, lambda: wrapper.at_position(position))) < 1e-12
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("base", sorted(BASES))
-@pytest.mark.parametrize("name", sorted(WRAPPERS))
-def test_saved_and_loaded_goes_on_bit_for_bit(name: str, base: str, mode: str) -> None:
-    def build() -> tuple[list[Tensor], Any]:
-        params = parameters(torch.float32)
-        return params, WRAPPERS[name](BASES[base](params))
-
-    straight, wrapper = build()
-    for step in range(8):
-        take_step(wrapper, straight, step)
-    first, saved = build()
-    for step in range(4):
-        take_step(saved, first, step)
-    getattr(saved, mode)()
-    file = io.BytesIO()
-    torch.save({"params": first, "optimizer": saved.state_dict()}, file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    second, loaded = build()
-    with torch.no_grad():
-        for p, value in zip(second, state["params"], strict=True):
-            p.copy_(value)
-    loaded.load_state_dict(state["optimizer"])
-    loaded.train()
-    for step in range(4, 8):
-        take_step(loaded, second, step)
-    assert_same(values(second), values(straight))
-    assert_same(loaded.state_dict(), wrapper.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

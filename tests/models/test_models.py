@@ -39,7 +39,7 @@ def tiny(architecture: str, pad_vocab_to: int = 1) -> nn.Module:
     if architecture == "nanogpt_124m":
         return NanoGPT124M(97, 2, 2, 32, pad_vocab_to)
     if architecture == "nanogpt_162m":
-        model = NanoGPT162M(97, 2, 32, 16, pad_vocab_to)
+        model = NanoGPT162M(97, 2, 32, 16, pad_vocab_to=pad_vocab_to)
         with torch.no_grad():  # the head starts at zero, where every loss is log(vocabulary)
             model.proj.weight[:97].normal_(generator=torch.Generator().manual_seed(1))
         return model

@@ -15,8 +15,11 @@ so the algorithm extrapolates away from the average of the weights, and a step i
 
     e <- e + (1 - gamma) (x - e)        y <- x - alpha k (e - x)
 
-Everything lies on the line from e through y: x + a m = e + (1 + a k) / (1 + alpha k) (y - e), and e
-itself, an averaged model for free, is at a = -1/k.
+done in one pass over memory (see `fused`). Everything lies on the line from e through y:
+
+    x + a m = e + (1 + a k) / (1 + alpha k) (y - e),
+
+and e itself, an averaged model for free, is at a = -1/k.
 
 Rounding in x - e is amplified by k, which is small for the averages that the method is about (0.01 for
 gamma = 0.99) and large only for gamma near, but not at, 0.
@@ -29,6 +32,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .fused import average_and_extrapolate_
 from .wrapper import Alpha, Wrapper, lerp_
 
 
@@ -42,6 +46,8 @@ class EMANesterov(Wrapper):
 
     Raises ValueError when ema_decay is outside [0, 1).
     """
+
+    _line = ("ema_decay",)
 
     def __init__(self, base: Optimizer, alpha: Alpha, ema_decay: float, warm_start: bool = False):
         if not 0.0 <= ema_decay < 1.0:
@@ -63,11 +69,16 @@ class EMANesterov(Wrapper):
             lerp_(self._anchor, self._wide(parameters), self._weight(0.0))
 
     def _after(self, parameters: list[Tensor]) -> None:
-        x, e = self._wide(parameters), self._anchor
+        e, extrapolation = self._anchor, -self.alpha_t * self.k
         if self.ema_decay:
             first = self.warm_start and self.steps == 1
             # m_1 = k (x_1 - e_1) is x_1 - x_0 when e_1 = x_0 + (1 - 1/k) (x_1 - x_0)
-            lerp_(e, x, 1 - 1 / self.k if first else 1 - self.ema_decay)
-        if self.alpha_t:
-            lerp_(x, e, -self.alpha_t * self.k)
+            share = 1 - 1 / self.k if first else 1 - self.ema_decay
+            if self.alpha_t:
+                average_and_extrapolate_(e, parameters, share, extrapolation)
+            else:
+                lerp_(e, self._wide(parameters), share)
+        elif self.alpha_t:
+            x = self._wide(parameters)
+            lerp_(x, e, extrapolation)
             self._narrow(parameters, x)

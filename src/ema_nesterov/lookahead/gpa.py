@@ -28,6 +28,8 @@ class GPA(Wrapper):
     Raises ValueError when either is out of range.
     """
 
+    _line = ("mu_y",)
+
     def __init__(self, base: Optimizer, mu_x: float, mu_y: float):
         if not (0 <= mu_x < 1 and 0 < mu_y <= 1):
             raise ValueError(f"mu_x must be in [0, 1) and mu_y in (0, 1], got {mu_x} and {mu_y}")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..optim.matrix import MatrixOptimizer
 from .wrapper import Alpha, Wrapper
 
 
@@ -42,7 +43,7 @@ class Lookahead(Wrapper):
             raise ValueError(f"inner_state must be maintain, interpolate or reset, got {inner_state!r}")
         super().__init__(base, alpha)
         self.k, self.inner_state, self.adaptive = k, inner_state, adaptive
-        self._moments: list[Tensor] = []  # of the base at the last sync, when they are interpolated
+        self._moments: dict[Tensor, dict[str, Tensor]] = {}  # the base's at the last sync, if they are interpolated
 
     def _weight(self, position: float) -> float:
         return position
@@ -77,38 +78,57 @@ class Lookahead(Wrapper):
     def _sync_moments(self) -> None:
         if self.inner_state == "maintain":
             return
-        moments = [
-            value
-            for p, state, _ in inner_states(self.base)
-            for value in state.values()
-            if isinstance(value, Tensor) and value.shape == p.shape and value.ndim > 0
-        ]
-        if not moments:  # a base without memory
+        held = [(p, moments(p, state)) for p, state, _ in inner_states(self.base)]
+        now = [value for _, values in held for value in values.values()]
+        if not now:  # a base without memory
             return
         if self.inner_state == "reset":
-            torch._foreach_zero_(moments)
+            torch._foreach_zero_(now)
             return
-        before = self._moments or [torch.zeros_like(m) for m in moments]  # there were none at the start
-        torch._foreach_lerp_(moments, before, 1 - self.alpha_t)
-        self._moments = [m.clone() for m in moments]
+        if any(name.startswith("rotated") for _, values in held for name in values):
+            raise ValueError("SOAP's moments turn with its bases and cannot be interpolated: maintain or reset them")
+        # there were none at the start
+        before = [self._moments.get(p, {}).get(k, torch.zeros_like(v)) for p, m in held for k, v in m.items()]
+        torch._foreach_lerp_(now, before, 1 - self.alpha_t)
+        self._moments = {p: {k: v.clone() for k, v in values.items()} for p, values in held if values}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "moments": list(self._moments)}
+        index = {p: i for i, p in enumerate(self._parameters())}
+        complete: dict[Tensor, dict[str, Tensor]] = {}
+        for member in members(self.base):  # one that shares its state over ranks knows how to complete it
+            own = {p: self._moments[p] for group in member.param_groups for p in group["params"] if p in self._moments}
+            complete |= member.gather(own) if isinstance(member, MatrixOptimizer) else own
+        return {**super().state_dict(), "moments": {index[p]: values for p, values in complete.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        device = self._parameters()[0].device
-        self._moments = [m.to(device, copy=True) for m in state_dict["moments"]]
+        held = {p for p, state, _ in inner_states(self.base) if state}
+        self._moments = {
+            p: {k: v.to(p.device, copy=True) for k, v in state_dict["moments"][i].items()}
+            for i, p in enumerate(self._parameters())
+            if i in state_dict["moments"] and p in held
+        }
+
+
+def moments(p: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+    """What a state remembers per weight or per row: tensors of as many dimensions as the parameter."""
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim == p.ndim and v.ndim > 0}
+
+
+def members(optimizer: Any) -> Iterator[Optimizer]:
+    """The optimizers that take the steps, through chains and wrappers."""
+    if hasattr(optimizer, "optimizers"):
+        for member in optimizer.optimizers:
+            yield from members(member)
+    elif isinstance(optimizer, Wrapper):
+        yield from members(optimizer.base)
+    else:
+        yield optimizer
 
 
 def inner_states(optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-    """(parameter, state, group) of a base optimizer, through chains and wrappers."""
-    if hasattr(optimizer, "optimizers"):
-        for member in optimizer.optimizers:
-            yield from inner_states(member)
-    elif isinstance(optimizer, Wrapper):
-        yield from inner_states(optimizer.base)
-    else:
-        for group in optimizer.param_groups:
+    """(parameter, state, group) of each parameter of a base; the state is empty on ranks that do not own it."""
+    for member in members(optimizer):
+        for group in member.param_groups:
             for p in group["params"]:
-                yield p, optimizer.state[p], group
+                yield p, member.state.get(p, {}), group

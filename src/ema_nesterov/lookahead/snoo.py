@@ -42,8 +42,7 @@ class SNOO(Wrapper):
             return
         slow, fast = self._anchor, self._wide(parameters)
         s = torch._foreach_sub(slow, fast)
-        if not self._b:
-            self._b[:] = [torch.zeros_like(a) for a in slow]
+        self._b += [torch.zeros_like(a) for a in slow[len(self._b) :]]
         torch._foreach_mul_(self._b, self.momentum)
         torch._foreach_add_(self._b, s)
         torch._foreach_add_(s, self._b, alpha=self.momentum)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..optim.match import require_match
+
 Alpha = float | Callable[[int], float]
 
 
@@ -41,6 +43,8 @@ class Wrapper(Optimizer):
     wrapper's state is its own: nothing is ever written into the base's. `alpha` is a float or a
     function of the number of completed steps. Buffers are made at the first `step()`.
     """
+
+    _line: tuple[str, ...] = ()  # the settings that decide where on the line y_t lies: a state fits no others
 
     def __init__(self, base: Optimizer, alpha: Alpha):
         if not isinstance(base, Optimizer):
@@ -186,6 +190,8 @@ class Wrapper(Optimizer):
         """Tensors and plain numbers: base, buffers, counter, mode and the alpha in force."""
         return {
             "wrapper": type(self).__name__,
+            **{name: getattr(self, name) for name in self._line},
+            "base_type": type(self.base).__name__,
             "base": self.base.state_dict(),
             "steps": self.steps,
             "alpha_t": self.alpha_t,
@@ -198,10 +204,13 @@ class Wrapper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict()`; the parameters themselves are restored with the model.
 
-        Raises ValueError, naming the first mismatch, when the wrapper or a shape differs.
+        Raises ValueError, naming the first mismatch, when the wrapper, the base or the model differs.
         """
-        if state_dict.get("wrapper") != type(self).__name__:
-            raise ValueError(f"state of {state_dict.get('wrapper')} cannot be loaded into {type(self).__name__}")
+        require_match(self, state_dict.get("wrapper"), state_dict)
+        require_match(self.base, state_dict["base_type"], state_dict["base"])
+        for name in self._line:
+            if state_dict[name] != getattr(self, name):
+                raise ValueError(f"{name} is {state_dict[name]} in the state, {getattr(self, name)} here")
         parameters = self._parameters()
         lists = {**state_dict["buffers"], "y": state_dict["y"] or []}
         for name, tensors in lists.items():

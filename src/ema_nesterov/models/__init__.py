@@ -28,7 +28,16 @@ def build_model(cfg: DictConfig, plugins: Sequence[str] = (), dtype: torch.dtype
     if cfg.architecture == "nanogpt_124m":
         return NanoGPT124M(cfg.vocab_size, cfg.layers, cfg.heads, cfg.width, cfg.pad_vocab_to)
     if cfg.architecture == "nanogpt_162m":
-        return NanoGPT162M(cfg.vocab_size, cfg.layers, cfg.width, cfg.head_dim, cfg.pad_vocab_to, dtype)
+        return NanoGPT162M(
+            cfg.vocab_size,
+            cfg.layers,
+            cfg.width,
+            cfg.head_dim,
+            cfg.init,
+            cfg.float32_gains,
+            cfg.pad_vocab_to,
+            dtype,
+        )
     if cfg.architecture == "llama":
         return Llama(
             cfg.vocab_size,

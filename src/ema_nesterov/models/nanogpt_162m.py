@@ -19,11 +19,14 @@ from .common import language_model_loss, pad_rows, rotate
 
 
 class Norm(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, float32_gains: bool):
         super().__init__()
         self.gains = nn.Parameter(torch.ones(width))
+        self.float32_gains = float32_gains
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.float32_gains:
+            return (F.rms_norm(x.float(), (x.size(-1),)) * self.gains).type_as(x)
         return F.rms_norm(x, (x.size(-1),), weight=self.gains.type_as(x))
 
 
@@ -77,12 +80,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, head_dim: int):
+    def __init__(self, width: int, head_dim: int, float32_gains: bool):
         super().__init__()
         self.attn = Attention(width, head_dim)
         self.mlp = MLP(width)
-        self.norm1 = Norm(width)
-        self.norm2 = Norm(width)
+        self.norm1 = Norm(width, float32_gains)
+        self.norm2 = Norm(width, float32_gains)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -103,17 +106,19 @@ class NanoGPT162M(nn.Module):
         layers: int,
         width: int,
         head_dim: int,
+        init: str = "normal",
+        float32_gains: bool = False,
         pad_vocab_to: int = 1,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.vocab_size = vocab_size
         self.embed = nn.Embedding(vocab_size, width)
-        self.blocks = nn.ModuleList([Block(width, head_dim) for _ in range(layers)])
+        self.blocks = nn.ModuleList([Block(width, head_dim, float32_gains) for _ in range(layers)])
         self.proj = Linear(width, vocab_size)
-        self.norm1 = Norm(width)
-        self.norm2 = Norm(width)
-        self.initialize()
+        self.norm1 = Norm(width, float32_gains)
+        self.norm2 = Norm(width, float32_gains)
+        {"normal": self.initialize, "record30": self.initialize_record30}[init]()
         self.embed.to(dtype)
         for module, name in ((self.embed, "weight"), (self.proj, "weight"), (self.proj, "bias")):
             setattr(module, name, pad_rows(getattr(module, name), pad_vocab_to))
@@ -130,6 +135,20 @@ class NanoGPT162M(nn.Module):
                 p.normal_()
             else:
                 p.normal_(std=(0.33 / p.size(1)) ** 0.5)
+
+    @torch.no_grad()
+    def initialize_record30(self) -> None:
+        """torch's own, but output projections 0, the MLP's first matrix smaller with depth, and the gains of a
+        block's two norms split by random signs s: 1 - 0.14 s before attention, 1 + 0.14 s before the MLP."""
+        for name, p in self.named_parameters():
+            if "proj" in name:
+                p.zero_()
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            block.mlp.fc.weight.mul_(1 - 0.3 * i / max(1, len(self.blocks) - 1))
+            signs = 2.0 * torch.randint(0, 2, block.norm1.gains.shape, device=block.norm1.gains.device) - 1
+            block.norm1.gains.copy_(1 - 0.14 * signs)
+            block.norm2.gains.copy_(1 + 0.14 * signs)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.norm1(self.embed(inputs))

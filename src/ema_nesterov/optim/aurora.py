@@ -14,20 +14,21 @@ of (2, -1.5, 0.5).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .muon import Muon
-from .newton_schulz import newton_schulz
+from .newton_schulz import frobenius, newton_schulz
 
 EPS = 1e-7
 
 
 class Aurora(Muon):
-    """Aurora for 2-D parameters; state and errors are Muon's.
+    """Aurora for 2-D parameters; state, sharing and errors are Muon's.
 
     iterations: polar factors per step. exponent: how far each one corrects the rows.
     """
@@ -41,21 +42,33 @@ class Aurora(Muon):
         iterations: int = 2,
         exponent: float = 0.5,
         ns_dtype: torch.dtype | None = None,
+        group: ProcessGroup | None = None,
     ):
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {iterations}")
-        super().__init__(params, lr, momentum, weight_decay, "spectral", "polar12", False, ns_dtype)
+        super().__init__(params, lr, momentum, weight_decay, "spectral", "polar12", False, ns_dtype, group)
         self.iterations, self.exponent = iterations, exponent
 
     def _orthogonalize(self, batch: Tensor, group: dict[str, Any]) -> Tensor:
-        rows, columns = batch.shape[-2:]
-        if rows == columns:
+        if batch.size(-2) == batch.size(-1):
             return super()._orthogonalize(batch, group)
-        u = batch if rows > columns else batch.mT
-        tau = u.size(-1) / u.size(-2)
-        d = 1 / u.norm(dim=-1, keepdim=True).clamp_min(EPS)
-        p = newton_schulz(d * u, "polar12", self.ns_dtype)
-        for _ in range(self.iterations - 1):
-            d = d * (tau / p.float().square().sum(-1, keepdim=True).clamp_min(EPS**2)) ** self.exponent
-            p = newton_schulz(d * u, "polar12", self.ns_dtype)
-        return p if rows > columns else p.mT
+        return even_polar(batch, self.iterations, self.exponent, self.ns_dtype)
+
+
+def even_polar(
+    matrices: Tensor,
+    iterations: int,
+    exponent: float,
+    dtype: torch.dtype | None = None,
+    norm: Callable[[Tensor], Tensor] = frobenius,
+) -> Tensor:
+    """The polar factors of a batch of matrices, rescaled such that the rows of their tall view come out alike."""
+    tall = matrices.size(-2) > matrices.size(-1)
+    u = matrices if tall else matrices.mT
+    tau = u.size(-1) / u.size(-2)
+    d = 1 / u.norm(dim=-1, keepdim=True).clamp_min(EPS)
+    p = newton_schulz(d * u, "polar12", dtype, norm)
+    for _ in range(iterations - 1):
+        d = d * (tau / p.float().square().sum(-1, keepdim=True).clamp_min(EPS**2)) ** exponent
+        p = newton_schulz(d * u, "polar12", dtype, norm)
+    return p if tall else p.mT

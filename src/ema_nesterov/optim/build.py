@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ..config import alpha_schedule
+from ..config import alpha_schedule, steps_of
 from ..errors import ConfigError
 from ..lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nesterov
 from ..plugins import instantiate
@@ -17,9 +18,11 @@ from .aurora import Aurora
 from .chain import Chain
 from .muon import Muon
 from .normuon import NorMuon
+from .record30 import Record30
 from .soap import SOAP
 
-MATRIX_OPTIMIZERS = {"muon": Muon, "normuon": NorMuon, "aurora": Aurora}
+MATRIX_OPTIMIZERS: dict[str, Any] = {"muon": Muon, "normuon": NorMuon, "aurora": Aurora, "record30": Record30}
+RECORD30_BLENDS = ("mlp_blend", "value_blend", "value_floor")
 ROLES = ("embedding", "head", "matrix", "vector")
 
 
@@ -48,16 +51,17 @@ def parameter_roles(model: nn.Module) -> dict[str, list[Tensor]]:
     return roles
 
 
-def build_optimizer(model: nn.Module, cfg: DictConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, cfg: DictConfig, group: ProcessGroup | None = None) -> Optimizer:
     """The base optimizer of `cfg.optimizer` inside the wrapper of `cfg.lookahead`.
 
-    Every group remembers its `initial_lr`, on which the schedule acts. Raises ConfigError unless every
+    Every group remembers its `initial_lr`, on which the schedule acts, and those of the matrix optimizer
+    have the `role` "matrix". group: the ranks that share its work and state. Raises ConfigError unless every
     trainable parameter is covered exactly once.
     """
-    base = _build_base(model, cfg)
+    base = _build_base(model, cfg, group)
     _require_cover(model, base)
-    for group in base.param_groups:
-        group["initial_lr"] = group["lr"]
+    for param_group in base.param_groups:
+        param_group["initial_lr"] = param_group["lr"]
     return _wrap(base, cfg)
 
 
@@ -83,7 +87,7 @@ def _wrap(base: Optimizer, cfg: DictConfig) -> Optimizer:
     raise ConfigError(f"unknown lookahead.name={look.name}")
 
 
-def _build_base(model: nn.Module, cfg: DictConfig) -> Optimizer:
+def _build_base(model: nn.Module, cfg: DictConfig, group: ProcessGroup | None) -> Optimizer:
     o = cfg.optimizer
     if "_target_" in o:
         return instantiate(o, list(cfg.plugins), [p for p in model.parameters() if p.requires_grad])
@@ -92,13 +96,38 @@ def _build_base(model: nn.Module, cfg: DictConfig) -> Optimizer:
         return _adamw({role: (params, o.lr) for role, params in roles.items()}, o)
     if o.name == "soap":
         options = {str(key): value for key, value in o.items() if key not in ("name", "betas")}
-        return SOAP([p for params in roles.values() for p in params], betas=tuple(o.betas), **options)
+        return SOAP([p for params in roles.values() for p in params], betas=tuple(o.betas), group=group, **options)
+    rates = {"embedding": o.adam.embedding_lr, "head": o.adam.head_lr, "vector": o.adam.vector_lr}
+    aux = _adamw({role: (roles[role], o.lr if rate is None else rate) for role, rate in rates.items()}, o.adam)
+    matrices: list[dict[str, Any]] = [{"params": roles["matrix"], "role": "matrix"}]
+    options = {str(key): value for key, value in o.items() if key not in ("name", "adam")}
+    if o.name == "record30":
+        matrices = _record30_groups(model, roles["matrix"], *map(options.pop, RECORD30_BLENDS))
+        options["contra_steps"] = steps_of(o.contra_steps, cfg.steps, "optimizer.contra_steps")
     if o.name in MATRIX_OPTIMIZERS:
-        rates = {"embedding": o.adam.embedding_lr, "head": o.adam.head_lr, "vector": o.adam.vector_lr}
-        aux = {role: (roles[role], o.lr if rate is None else rate) for role, rate in rates.items()}
-        options = {str(key): value for key, value in o.items() if key not in ("name", "adam")}
-        return Chain([_adamw(aux, o.adam), MATRIX_OPTIMIZERS[o.name](roles["matrix"], **options)])
+        return Chain([aux, MATRIX_OPTIMIZERS[o.name](matrices, group=group, **options)])
     raise ConfigError(f"unknown optimizer.name={o.name}")
+
+
+def _record30_groups(
+    model: nn.Module, matrices: list[Tensor], mlp_blend: float, value_blend: float, value_floor: float
+) -> list[dict[str, Any]]:
+    """The matrices of the MLP and the value projections, which SOAP preconditions, and the rest.
+
+    A QKV matrix in one piece belongs to the rest.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    kinds: dict[str, list[Tensor]] = {"rest": [], "mlp": [], "value": []}
+    for p in matrices:
+        name = names[id(p)]
+        value = name.endswith((".v.weight", ".v_proj.weight"))
+        kinds["value" if value else "mlp" if ".mlp." in name else "rest"].append(p)
+    groups = [
+        {"params": kinds["rest"], "soap_blend": 0.0, "soap_floor": 0.0},
+        {"params": kinds["mlp"], "soap_blend": mlp_blend, "soap_floor": 0.0},
+        {"params": kinds["value"], "soap_blend": value_blend, "soap_floor": value_floor},
+    ]
+    return [{**group, "role": "matrix"} for group in groups if group["params"]]
 
 
 def _adamw(roles: dict[str, tuple[list[Tensor], float]], cfg: DictConfig) -> Optimizer:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from .match import require_match
+
 
 class Chain(Optimizer):
     """Joins optimizers over disjoint parameters, e.g. `Chain([AdamW(embeddings), Muon(matrices)])`.
@@ -43,13 +45,18 @@ class Chain(Optimizer):
         raise RuntimeError("add the group to the member that shall train it, then build the Chain anew")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [o.state_dict() for o in self.optimizers]}
+        return {
+            "types": [type(o).__name__ for o in self.optimizers],
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError when the number of members or a member's groups differ."""
+        """Raises ValueError, naming the first mismatch, when a member or its parameters differ."""
         states = state_dict["optimizers"]
         if len(states) != len(self.optimizers):
             raise ValueError(f"state of {len(states)} optimizers, the chain has {len(self.optimizers)}")
+        for optimizer, saved_type, state in zip(self.optimizers, state_dict["types"], states, strict=True):
+            require_match(optimizer, saved_type, state)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
         self._share_groups()

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.distributed import ProcessGroup
 
+from .matrix import MatrixOptimizer, by_shape, wide
 from .newton_schulz import STEPS, newton_schulz
 
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -31,14 +32,14 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-class Muon(Optimizer):
+class Muon(MatrixOptimizer):
     """Muon for 2-D parameters; embeddings, heads and vectors belong to another optimizer (see `Chain`).
 
     Same-shape matrices go through Newton-Schulz as one batch. The state is one momentum buffer per
-    parameter.
+    parameter. ns_dtype: of the products, see `newton_schulz`. group: shares work and state over ranks,
+    see `MatrixOptimizer`, whose errors are Muon's too.
 
-    Raises ValueError for a parameter that is not 2-D or an unknown `scale` or `ns`, TypeError for a
-    DTensor: the Newton-Schulz of a shard is not that of the matrix.
+    Raises ValueError for an unknown `scale` or `ns`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Muon(Optimizer):
         ns: str = "quintic5",
         split_qkv: bool = False,
         ns_dtype: torch.dtype | None = None,
+        group: ProcessGroup | None = None,
     ):
         if scale not in SCALES:
             raise ValueError(f"scale must be one of {sorted(SCALES)}, got {scale!r}")
@@ -58,42 +60,22 @@ class Muon(Optimizer):
             raise ValueError(f"ns must be one of {sorted(STEPS)}, got {ns!r}")
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale, ns=ns, split_qkv=split_qkv)
         self.ns_dtype = ns_dtype
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, group)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if p.ndim != 2:
-                raise ValueError(f"{type(self).__name__} takes 2-D parameters, got shape {tuple(p.shape)}")
-            if hasattr(p, "placements"):
-                raise TypeError(
-                    f"{type(self).__name__} does not take DTensors: Newton-Schulz of a shard is not that of the matrix"
-                )
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        lr, mu = group["lr"], group["momentum"]
+        grads = wide(p.grad for p in params if p.grad is not None)
+        momenta = [self._momentum(p, g) for p, g in zip(params, grads, strict=True)]
+        torch._foreach_lerp_(momenta, grads, 1 - mu)
+        updates = list(torch._foreach_lerp(grads, momenta, mu))
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, self._directions(params, updates, group), alpha=-lr)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
-            momenta = [self._momentum(p) for p in params]
-            lr, mu = group["lr"], group["momentum"]
-            torch._foreach_lerp_(momenta, grads, 1 - mu)
-            updates = torch._foreach_lerp(grads, momenta, mu)
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, self._directions(params, list(updates), group), alpha=-lr)
-        return loss
-
-    def _momentum(self, p: Tensor) -> Tensor:
+    def _momentum(self, p: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[p]
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(p)
+            state["momentum"] = gradient.new_zeros(p.shape)
         return state["momentum"]
 
     def _directions(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -115,11 +97,3 @@ class Muon(Optimizer):
     def _orthogonalize(self, batch: Tensor, group: dict[str, Any]) -> Tensor:
         """O for a batch of matrices (n, rows, columns)."""
         return newton_schulz(batch, group["ns"], self.ns_dtype)
-
-
-def by_shape(tensors: list[Tensor], key: Callable[[torch.Size], Any] = tuple) -> Iterable[tuple[Any, list[int]]]:
-    """The indices of the tensors by (a function of) their shape."""
-    shapes: dict[Any, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        shapes.setdefault(key(tensor.shape), []).append(i)
-    return shapes.items()

@@ -13,6 +13,8 @@ but it ends anywhere in about [0.7, 1.2]. `polar12` takes 12 steps of (2, -1.5, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,34 @@ STEPS = {
 }
 
 
-def newton_schulz(matrices: Tensor, method: str = "quintic5", dtype: torch.dtype | None = None) -> Tensor:
+def frobenius(x: Tensor) -> Tensor:
+    """The Frobenius norm of each matrix of a batch, (..., 1, 1)."""
+    return x.norm(dim=(-2, -1), keepdim=True)
+
+
+def schatten4(x: Tensor) -> Tensor:
+    """The Schatten-4 norm (sum s_i^4)^(1/4) = ||X X^T||_F^(1/2) of each matrix of a batch, (..., 1, 1).
+
+    Like Frobenius' it bounds the largest singular value from above, but more tightly.
+    """
+    gram = x.mT @ x if x.size(-2) > x.size(-1) else x @ x.mT
+    return frobenius(gram).sqrt()
+
+
+def newton_schulz(
+    matrices: Tensor,
+    method: str = "quintic5",
+    dtype: torch.dtype | None = None,
+    norm: Callable[[Tensor], Tensor] = frobenius,
+) -> Tensor:
     """Orthogonalize each matrix of a batch (..., rows, columns); the result has `dtype`.
 
     dtype: of the products; by default bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slow.
+    norm: what the matrices are divided by, to bring their singular values to at most 1.
     """
     if dtype is None:
         dtype = torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
-    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    x = (matrices / (norm(matrices) + 1e-7)).to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:  # so that X X^T is the smaller of the two Gram matrices
         x = x.mT

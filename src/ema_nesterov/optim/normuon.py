@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .muon import Muon, by_shape
+from .matrix import by_shape
+from .muon import Muon
+from .newton_schulz import frobenius
 
 
 class NorMuon(Muon):
@@ -35,17 +38,18 @@ class NorMuon(Muon):
         ns: str = "quintic5",
         split_qkv: bool = False,
         ns_dtype: torch.dtype | None = None,
+        group: ProcessGroup | None = None,
     ):
-        super().__init__(params, lr, momentum, weight_decay, scale, ns, split_qkv, ns_dtype)
+        super().__init__(params, lr, momentum, weight_decay, scale, ns, split_qkv, ns_dtype, group)
         self.defaults["beta2"] = beta2
-        for group in self.param_groups:
-            group.setdefault("beta2", beta2)
+        for param_group in self.param_groups:
+            param_group.setdefault("beta2", beta2)
 
     def _directions(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         directions = super()._directions(params, updates, group)
         for _, members in by_shape(directions):
             o = torch.stack([directions[i] for i in members])  # (n, rows, columns), s included: it cancels in N
-            moments = [self._row_moments(params[i]) for i in members]
+            moments = [self._row_moments(params[i], directions[i]) for i in members]
             v = torch.stack(moments).lerp_(o.square().mean(-1, keepdim=True), 1 - group["beta2"])
             torch._foreach_copy_(moments, list(v.unbind()))
             n = o / (v.sqrt() + 1e-10)
@@ -54,13 +58,8 @@ class NorMuon(Muon):
                 directions[i] = direction
         return directions
 
-    def _row_moments(self, p: Tensor) -> Tensor:
+    def _row_moments(self, p: Tensor, direction: Tensor) -> Tensor:
         state = self.state[p]
         if "row_moments" not in state:
-            state["row_moments"] = p.new_zeros(p.size(0), 1)
+            state["row_moments"] = direction.new_zeros(p.size(0), 1)
         return state["row_moments"]
-
-
-def frobenius(matrices: Tensor) -> Tensor:
-    """The Frobenius norm of each matrix of a batch, (n, 1, 1)."""
-    return matrices.norm(dim=(-2, -1), keepdim=True)

@@ -24,6 +24,11 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks, to share an optimizer's work and state; None when there is one."""
+        return dist.group.WORLD if self.size > 1 else None
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
         if self.size > 1:

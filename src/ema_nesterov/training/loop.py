@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..config import alpha_schedule, lookahead_position, lr_schedule
+from ..config import alpha_schedule, lookahead_position, lr_schedule, momentum_schedule
 from ..data.loader import MicroBatch, prefetch
 from ..errors import ConfigError
 from ..lookahead import Wrapper
@@ -57,8 +57,9 @@ def train(
     with device:
         model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if device.type == "cuda" else torch.float32)
     logs.say(f"{cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    optimizer = build_optimizer(model, cfg)
-    lr, alpha = lr_schedule(cfg), alpha_schedule(cfg)
+    optimizer = build_optimizer(model, cfg, ranks.group)
+    lr, matrix_lr = lr_schedule(cfg), lr_schedule(cfg, matrix=True)
+    momentum, alpha = momentum_schedule(cfg), alpha_schedule(cfg)
     clock = Clock(cfg, model, ranks)
     start = resume(checkpoints, model, optimizer, ranks, clock)
 
@@ -94,7 +95,10 @@ def train(
             with clock.paused():
                 previous = copy_iterate(optimizer)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr(step - 1)
+            matrix = group.get("role") == "matrix"
+            group["lr"] = group["initial_lr"] * (matrix_lr if matrix else lr)(step - 1)
+            if matrix and momentum is not None:
+                group["momentum"] = momentum(step - 1)
 
         loss = torch.zeros((), device=device)
         weights = loss_weights(batch, ranks)
@@ -233,12 +237,13 @@ def checkpoint(
     """Save everything that the next step depends on. All ranks call it; the first one writes."""
     cuda = torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None
     rng = ranks.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
+    optimizer_state = optimizer.state_dict()  # a collective where ranks share the state
     if ranks.is_first:
         state = {
             "step": step,
             "seconds": clock.seconds(),
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer_state,
             "rng": rng,
         }
         save_checkpoint(folder / "checkpoints", step, state, keep)
