@@ -36,7 +36,7 @@ class NALA(Wrapper):
 
     def _after(self, parameters: list[Tensor]) -> None:
         if self.steps % self.k:
-            self.alpha_t = 0.0
+            self._now.alpha_t = 0.0
         if self.alpha_t:
             y = self._wide(parameters)
             lerp_(y, self._anchor, -self.alpha_t)

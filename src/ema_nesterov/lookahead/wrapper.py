@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,17 @@ def lerp_(target: list[Tensor], end: list[Tensor], weight: float) -> None:
     torch._foreach_lerp_(target, end, weight)
 
 
+@dataclass
+class Now:
+    """What moves with the steps and the modes: one object, since proxies of an optimizer copy its attributes."""
+
+    steps: int = 0  # completed
+    alpha_t: float = 0.0  # the alpha that made y_t
+    y: list[Tensor] | None = None  # copy of y_t while the parameters hold another position
+    position: float | None = None  # that position; None: the parameters hold y_t
+    mixed: bool = False  # some parameter is of lower precision than its buffer
+
+
 class Wrapper(Optimizer):
     """Base of the lookahead wrappers: a real `torch.optim.Optimizer` around another one.
 
@@ -55,12 +67,18 @@ class Wrapper(Optimizer):
         super().__init__(base.param_groups, {})
         self.base = base
         self.alpha = alpha
-        self.steps = 0  # completed steps, the t of y_t
-        self.alpha_t = 0.0  # the alpha that made y_t
         self._anchor: list[Tensor] = []
-        self._mixed = False  # some parameter is of lower precision than its buffer
-        self._y: list[Tensor] | None = None  # copy of y_t while the parameters hold another position
-        self._position: float | None = None  # that position; None: the parameters hold y_t
+        self._now = Now()
+
+    @property
+    def steps(self) -> int:
+        """Completed steps, the t of y_t."""
+        return self._now.steps
+
+    @property
+    def alpha_t(self) -> float:
+        """The alpha that made y_t."""
+        return self._now.alpha_t
 
     # --- the algorithm, given by the subclass -------------------------------------------------
 
@@ -77,13 +95,13 @@ class Wrapper(Optimizer):
 
     def _wide(self, parameters: list[Tensor]) -> list[Tensor]:
         """The parameters in their buffers' dtype: themselves, or a copy where one is of lower precision."""
-        if not self._mixed:
+        if not self._now.mixed:
             return parameters
         return [p.to(a.dtype) for p, a in zip(parameters, self._anchor, strict=True)]
 
     def _narrow(self, parameters: list[Tensor], values: list[Tensor]) -> None:
         """Round what `_wide` had to copy, and has changed since, back into the parameters."""
-        if self._mixed:
+        if self._now.mixed:
             torch._foreach_copy_(parameters, values)
 
     # --- one step -----------------------------------------------------------------------------
@@ -94,15 +112,15 @@ class Wrapper(Optimizer):
 
         Raises RuntimeError while the parameters hold another position (`eval()`, `at_position`).
         """
-        if self._position is not None:
+        if self._now.position is not None:
             raise RuntimeError("step() needs the lookahead point in the parameters: call train() first")
         parameters = self._parameters()
         if not self._anchor:
             self._add_buffers(parameters)
         self._before(parameters)
         loss = self.base.step(closure)
-        self.steps += 1
-        self.alpha_t = self.alpha(self.steps) if callable(self.alpha) else self.alpha
+        self._now.steps += 1
+        self._now.alpha_t = self.alpha(self.steps) if callable(self.alpha) else self.alpha
         self._after(parameters)
         return loss
 
@@ -114,7 +132,7 @@ class Wrapper(Optimizer):
     @contextmanager
     def at_position(self, position: float) -> Iterator[None]:
         """Hold x_t + position d_t in the parameters; leaving restores what they held, bit for bit."""
-        outer = self._position
+        outer = self._now.position
         self._move(float(position))
         try:
             yield
@@ -135,27 +153,29 @@ class Wrapper(Optimizer):
 
     @torch.no_grad()
     def _move(self, position: float | None) -> None:
+        if position == self._now.position:  # also where others have written the parameters since
+            return
         parameters = self._parameters()
         if position is None:
-            if self._y is not None:
-                torch._foreach_copy_(parameters, self._y)
-            self._y = self._position = None
+            if self._now.y is not None:
+                torch._foreach_copy_(parameters, self._now.y)
+            self._now.y = self._now.position = None
             return
-        if self._y is None:
-            self._y = [p.detach().clone() for p in parameters]
+        if self._now.y is None:
+            self._now.y = [p.detach().clone() for p in parameters]
         torch._foreach_copy_(parameters, self._point(position))
-        self._position = position
+        self._now.position = position
 
     def _point(self, position: float) -> list[Tensor]:
         """x_t + position d_t as new tensors; before the first step d_0 = 0 and all positions are x_0."""
-        y = self._y if self._y is not None else self._parameters()
+        y = self._now.y if self._now.y is not None else self._parameters()
         if not self._anchor:
             return [p.detach().clone() for p in y]
         return list(torch._foreach_lerp(self._anchor, self._wide(y), self._weight(position)))
 
     def _add_buffers(self, parameters: list[Tensor]) -> None:
         self._anchor += [p.detach().to(buffer_dtype(p), copy=True) for p in parameters]
-        self._mixed = self._mixed or any(p.dtype != buffer_dtype(p) for p in parameters)
+        self._now.mixed = self._now.mixed or any(p.dtype != buffer_dtype(p) for p in parameters)
 
     # --- parameters and groups ----------------------------------------------------------------
 
@@ -173,7 +193,7 @@ class Wrapper(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not isinstance(self.base, Optimizer):  # still inside Optimizer.__init__
             return super().add_param_group(param_group)
-        if self._position is not None:
+        if self._now.position is not None:
             raise RuntimeError("add_param_group() needs train mode: call train() first")
         known = len(self._parameters())
         self.base.add_param_group(param_group)
@@ -195,8 +215,8 @@ class Wrapper(Optimizer):
             "base": self.base.state_dict(),
             "steps": self.steps,
             "alpha_t": self.alpha_t,
-            "position": self._position,
-            "y": self._y,
+            "position": self._now.position,
+            "y": self._now.y,
             "buffers": self._buffers(),
         }
 
@@ -207,10 +227,10 @@ class Wrapper(Optimizer):
         Raises ValueError, naming the first mismatch, when the wrapper, the base or the model differs.
         """
         require_match(self, state_dict.get("wrapper"), state_dict)
-        require_match(self.base, state_dict["base_type"], state_dict["base"])
+        require_match(self.base, state_dict.get("base_type"), state_dict["base"])
         for name in self._line:
-            if state_dict[name] != getattr(self, name):
-                raise ValueError(f"{name} is {state_dict[name]} in the state, {getattr(self, name)} here")
+            if state_dict.get(name) != getattr(self, name):
+                raise ValueError(f"{name} is {state_dict.get(name)} in the state, {getattr(self, name)} here")
         parameters = self._parameters()
         lists = {**state_dict["buffers"], "y": state_dict["y"] or []}
         for name, tensors in lists.items():
@@ -220,14 +240,14 @@ class Wrapper(Optimizer):
                 if tensor.shape != p.shape:
                     raise ValueError(f"{name}[{i}] is {tuple(tensor.shape)}, its parameter is {tuple(p.shape)}")
         self.base.load_state_dict(state_dict["base"])
-        self.steps = state_dict["steps"]
-        self.alpha_t = state_dict["alpha_t"]
-        self._position = state_dict["position"]
-        self._y = state_dict["y"] and [y.to(p, copy=True) for y, p in zip(state_dict["y"], parameters, strict=True)]
+        self._now.steps = state_dict["steps"]
+        self._now.alpha_t = state_dict["alpha_t"]
+        self._now.position = state_dict["position"]
+        self._now.y = state_dict["y"] and [y.to(p, copy=True) for y, p in zip(state_dict["y"], parameters, strict=True)]
         for name, held in self._buffers().items():
             loaded = state_dict["buffers"][name]
             held[:] = [b.to(p.device, buffer_dtype(p), copy=True) for b, p in zip(loaded, parameters, strict=False)]
-        self._mixed = any(p.dtype != buffer_dtype(p) for p in parameters)
+        self._now.mixed = any(p.dtype != buffer_dtype(p) for p in parameters)
 
     def __getstate__(self) -> dict[str, Any]:
         # a learning-rate scheduler leaves a patched step() on the instance, which cannot be pickled
