@@ -305,6 +305,154 @@ def test_soaps_moments_are_not_interpolated(base: str) -> None:
         take_step(optimizer, params, 2)
 
 
+@pytest.mark.parametrize("base", ["soap", "record30", "muon_llama"])
+def test_a_state_that_others_move_or_clear_is_the_state_that_steps(base: str) -> None:
+    params = parameters()
+    optimizer = build_base(base, params)
+    member: Any = optimizer if base == "soap" else optimizer.optimizers[1]  # type: ignore[attr-defined]
+    for step in range(4):
+        take_step(optimizer, params, step)
+    for state in member.state.values():  # as offloading does
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                state[key] = value.clone()
+    take_step(optimizer, params, 4)
+    twin = parameters()
+    with torch.no_grad():
+        torch._foreach_copy_(twin, params)
+    again = build_base(base, twin)
+    again.load_state_dict(optimizer.state_dict())
+    for step in range(5, 8):
+        take_step(optimizer, params, step)
+        take_step(again, twin, step)
+    assert_same(values(twin), values(params))
+    for one, ps in ((optimizer, params), (again, twin)):
+        inner: Any = one if base == "soap" else one.optimizers[1]  # type: ignore[attr-defined]
+        inner.state.clear()
+        for step in range(3):
+            take_step(one, ps, step)
+    assert_same(values(twin), values(params))
+
+
+@pytest.mark.parametrize("optimizer", MATRIX)
+def test_a_parameter_put_in_anothers_place_is_trained(optimizer: Any) -> None:
+    old, new = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    held = optimizer([old], lr=0.1)
+    held.param_groups[0]["params"][0] = new
+    for step in range(3):
+        new.grad = torch.randn(3, 3, generator=torch.Generator().manual_seed(step))
+        held.step()
+    assert not torch.equal(new.detach(), old.detach())
+
+
+@pairs
+def test_a_closure_that_fails_leaves_everything_as_it_was(wrapper: str, base: str) -> None:
+    params, plain = parameters(), parameters()
+    optimizer, undisturbed = make(wrapper, base, params), make(wrapper, base, plain)
+
+    def fail() -> None:
+        raise MemoryError
+
+    for step in range(6):
+        if step == 3:
+            with pytest.raises(MemoryError):
+                optimizer.step(fail)
+        take_step(optimizer, params, step)
+        take_step(undisturbed, plain, step)
+    assert_same(values(params), values(plain))
+    assert_same(optimizer.state_dict(), undisturbed.state_dict())
+
+
+@pairs
+def test_a_loaded_state_is_not_shared_with_what_was_loaded(wrapper: str, base: str) -> None:
+    params, other = parameters(), parameters()
+    optimizer, loaded = make(wrapper, base, params), make(wrapper, base, other)
+    for step in range(4):
+        take_step(optimizer, params, step)
+    before = copy.deepcopy(optimizer.state_dict())
+    loaded.load_state_dict(optimizer.state_dict())
+    for step in range(4, 7):
+        take_step(loaded, other, step)
+    assert_same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
+def test_a_group_added_to_the_base_itself_is_wrapped_too(wrapper: str) -> None:
+    params = parameters()
+    optimizer = WRAPPERS[wrapper](SGD(params[:2], lr=0.1))
+    for step in range(4):
+        take_step(optimizer, params[:2], step)
+    optimizer.base.add_param_group({"params": params[2:]})
+    take_step(optimizer, params, 4)
+    assert len(optimizer._anchor) == 5
+
+
+@pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
+def test_wrappers_sit_around_an_optimizer_of_nothing(wrapper: str) -> None:
+    optimizer = WRAPPERS[wrapper](AdamW([{"params": []}], lr=0.1))
+    optimizer.step()
+    with optimizer.at_iterate():
+        pass
+
+
+def test_schedulers_that_look_into_the_defaults_take_a_wrapper() -> None:
+    params = parameters()
+    optimizer = EMANesterov(AdamW(params, lr=0.1), 0.5, 0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    take_step(optimizer, params, 0)
+    scheduler.step()
+    assert optimizer.param_groups[0]["betas"][0] < 0.95
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Muon([torch.zeros(2, 2, dtype=torch.complex64, requires_grad=True)], lr=0.1), "complex"),
+        (lambda: Muon([torch.zeros(0, 5, requires_grad=True)], lr=0.1), "got shape"),
+        (lambda: Muon(parameters()[:2], lr=-1.0), "lr must be at least 0"),
+        (lambda: Muon(parameters()[:2], lr=0.1, momentum=1.5), "momentum must be in"),
+        (lambda: Record30(parameters()[:2], lr=0.1, precondition_frequency=0), "at least 1"),
+        (lambda: EMANesterov(SGD(parameters(), lr=0.1), -1.0, 0.9), "alpha must be at least 0"),
+        (lambda: EMANesterov(SGD(parameters(), lr=0.1), float("nan"), 0.9), "alpha must be at least 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(make: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_states_of_other_kinds_are_refused_in_one_line() -> None:
+    params = parameters()[:4]
+    muon, soap = Muon(params, lr=0.1), SOAP(params, lr=0.1)
+    for optimizer in (muon, soap):
+        take_step(optimizer, params, 0)
+    smaller = Muon([torch.zeros(3, 3, requires_grad=True), *params[1:]], lr=0.1)
+    chain = Chain([AdamW(params[:1], lr=0.1), Muon(params[1:], lr=0.1)])
+    for target, state, message in (
+        (muon, soap.state_dict(), "has no momentum; it is another optimizer's"),
+        (muon, EMANesterov(SGD(params, lr=0.1), 0.5, 0.9).state_dict(), "state of a wrapper or a chain"),
+        (smaller, muon.state_dict(), r"momentum of parameter 0 is \(8, 8\), the parameter is \(3, 3\)"),
+        (chain, muon.state_dict(), "state of 0 optimizers, the chain has 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            target.load_state_dict(state)
+
+
+def test_a_compiled_step_is_the_step() -> None:
+    params, plain = parameters()[:4], parameters()[:4]
+    eager, compiled = Muon(plain, lr=0.1), Muon(params, lr=0.1)
+    step_of = torch.compile(compiled.step, backend="eager")
+    for step in range(3):
+        for p, q in zip(params, plain, strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+        step_of()
+        eager.step()
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_no_schedule_recompiles_the_fused_pass() -> None:
     """The function that a GPU compiles, here with a backend that only counts."""
     from torch._dynamo.testing import CompileCounter

@@ -131,7 +131,8 @@ def suggest(key: str, valid: Iterable[str]) -> str:
     """A hint that names the valid key most like this one: as a whole, or in its last part."""
     valid = list(valid)
     group, _, name = key.rpartition(".")
-    last = {v.rpartition(".")[2]: v for v in reversed(valid)}
+    inside = [v for v in valid if group and v.startswith(f"{group}.")]  # a group that exists is what was meant
+    last = {v.rpartition(".")[2]: v for v in reversed(inside or valid)}
     near = get_close_matches(key, valid, n=1, cutoff=0.8)
     if near := near or [last[n] for n in get_close_matches(name, last, n=1, cutoff=0.7)]:
         return f"did you mean {near[0]}?"

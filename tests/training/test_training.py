@@ -80,6 +80,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, sample: Path, s
         ("lookahead=gpa", "optimizer=normuon"),
         ("optimizer=aurora", "lookahead.alpha=0.3"),
         ("optimizer=soap", "optimizer.precondition_frequency=2"),
+        ("optimizer=record30", "optimizer.precondition_frequency=2", "schedule=power"),
+        ("lookahead=none", "schedule=lr_matched"),
         ("optimizer=adamw", "trainer.grad_clip=0.5"),
         ("schedule=wsd_exponential", "lookahead.warm_start=true"),
     ],
@@ -249,12 +251,16 @@ def test_ranks_resume_bit_for_bit_and_agree_with_one(tmp_path: Path, sample: Pat
     assert read_metrics(straight) == read_metrics(stopped)
     assert_same(final_state(straight, 24), final_state(stopped, 24))
 
-    assert run(composed(*overrides, f"runs_dir={tmp_path / 'one'}")) == FINISHED
-    for a, b in zip(read_metrics(run_folder(tmp_path / "one")), read_metrics(straight), strict=True):
-        for key in a:
-            assert a[key] == (pytest.approx(b[key], abs=1e-5, rel=1e-4) if isinstance(a[key], float) else b[key])
-        if "train/loss" in a:
-            assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-5)
+    # one process alone, and one that takes over from these ranks in the middle
+    shutil.copytree(tmp_path / "stopped", tmp_path / "taken_over")
+    stop_after(run_folder(tmp_path / "taken_over"), 11)
+    for name in ("one", "taken_over"):
+        assert run(composed(*overrides, f"runs_dir={tmp_path / name}")) == FINISHED
+        for a, b in zip(read_metrics(run_folder(tmp_path / name)), read_metrics(straight), strict=True):
+            for key in a:
+                assert a[key] == (pytest.approx(b[key], abs=1e-5, rel=1e-4) if isinstance(a[key], float) else b[key])
+            if "train/loss" in a:
+                assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-5)
 
 
 def test_a_killed_process_goes_on_with_the_same_command(tmp_path: Path, sample: Path) -> None:

@@ -44,8 +44,8 @@ class GPA(Wrapper):
         self._start = [p.detach().to(z.dtype, copy=True) for p, z in zip(parameters, self._anchor, strict=True)]
 
     def _after(self, parameters: list[Tensor]) -> None:
-        y, z = self._start, self._anchor
-        u = torch._foreach_sub(self._wide(parameters), y)
+        y, z, u = self._start, self._anchor, self._wide(parameters)
+        torch._foreach_sub_(u, y)
         lerp_(y, z, 1 - self.mu_x)
         torch._foreach_add_(y, u, alpha=1 - self.mu_x * self.mu_y)
         torch._foreach_add_(z, u)

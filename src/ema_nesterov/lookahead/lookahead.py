@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..optim.matrix import MatrixOptimizer
-from .wrapper import Alpha, Wrapper
+from .wrapper import Alpha, Wrapper, lerp_
+
+COUNTERS = ("step", "mu_product", "mu", "eta")  # in the states of torch's optimizers
 
 
 class Lookahead(Wrapper):
@@ -51,19 +53,21 @@ class Lookahead(Wrapper):
     def _after(self, parameters: list[Tensor]) -> None:
         if self.steps % self.k:
             return
-        slow = self._anchor
-        move = torch._foreach_sub(self._wide(parameters), slow)
-        alpha = self._best_alpha(parameters, move) if self.adaptive else self.alpha_t
-        torch._foreach_mul_(move, alpha)
-        torch._foreach_add_(slow, move)
+        slow, fast = self._anchor, self._wide(parameters)
+        if self.adaptive:
+            alpha = self._best_alpha(parameters, slow, fast)
+            move = torch._foreach_mul(torch._foreach_sub(fast, slow), alpha)
+            torch._foreach_add_(slow, move)
+        else:
+            lerp_(slow, fast, self.alpha_t)
         torch._foreach_copy_(parameters, slow)
         self._sync_moments()
 
-    def _best_alpha(self, parameters: list[Tensor], move: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    def _best_alpha(self, parameters: list[Tensor], slow: list[Tensor], fast: list[Tensor]) -> Tensor:
         """alpha* as a tensor without dimensions, so that no device is waited for."""
         slope = torch.zeros((), device=parameters[0].device, dtype=torch.float64)
         curvature = torch.zeros_like(slope)
-        displacement = dict(zip(parameters, move, strict=True))  # fast - slow, that is -d
+        displacement = dict(zip(parameters, torch._foreach_sub(fast, slow), strict=True))  # that is -d
         for p, state, group in inner_states(self.base):
             if p.grad is None:
                 continue
@@ -73,7 +77,7 @@ class Lookahead(Wrapper):
             slope -= (p.grad * displacement[p]).sum()
             curvature += (state["exp_avg_sq"] / correction * displacement[p].square()).sum()
         alpha = 1 + slope / curvature
-        return torch.where(curvature > 0, alpha, torch.ones_like(alpha)).clamp(self.alpha_t, 1).to(move[0].dtype)
+        return torch.where(curvature > 0, alpha, torch.ones_like(alpha)).clamp(self.alpha_t, 1).to(slow[0].dtype)
 
     def _sync_moments(self) -> None:
         if self.inner_state == "maintain":
@@ -112,7 +116,7 @@ class Lookahead(Wrapper):
 
 def moments(p: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
     """What a state remembers per weight or per row: tensors of as many dimensions as the parameter."""
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim == p.ndim and v.ndim > 0}
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim == p.ndim and k not in COUNTERS}
 
 
 def members(optimizer: Any) -> Iterator[Optimizer]:

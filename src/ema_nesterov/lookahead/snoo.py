@@ -40,14 +40,20 @@ class SNOO(Wrapper):
     def _after(self, parameters: list[Tensor]) -> None:
         if self.steps % self.k:
             return
-        slow, fast = self._anchor, self._wide(parameters)
-        s = torch._foreach_sub(slow, fast)
-        self._b += [torch.zeros_like(a) for a in slow[len(self._b) :]]
+        slow, move = self._anchor, self._wide(parameters)
+        torch._foreach_sub_(move, slow)  # fast - slow, that is -s
+        if not self._b:
+            self._b[:] = [torch.zeros_like(a) for a in slow]
         torch._foreach_mul_(self._b, self.momentum)
-        torch._foreach_add_(self._b, s)
-        torch._foreach_add_(s, self._b, alpha=self.momentum)
-        torch._foreach_add_(slow, s, alpha=-self.lr)
+        torch._foreach_sub_(self._b, move)
+        torch._foreach_add_(slow, move, alpha=self.lr)
+        torch._foreach_add_(slow, self._b, alpha=-self.lr * self.momentum)
         torch._foreach_copy_(parameters, slow)
+
+    def _add_buffers(self, parameters: list[Tensor]) -> None:
+        super()._add_buffers(parameters)
+        if self._b:
+            self._b += [torch.zeros_like(a) for a in self._anchor[len(self._b) :]]
 
     def _buffers(self) -> dict[str, list[Tensor]]:
         return {"anchor": self._anchor, "b": self._b}

@@ -12,6 +12,7 @@ happens to the anchor and the parameters around the base optimizer's step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,11 +62,12 @@ class Wrapper(Optimizer):
     def __init__(self, base: Optimizer, alpha: Alpha):
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
-        if not callable(alpha):
-            alpha = float(alpha)
+        if not callable(alpha) and not alpha >= 0:
+            raise ValueError(f"alpha must be at least 0, got {alpha}")
         self.base: Any = SimpleNamespace()  # takes the list that Optimizer.__init__ assigns
         super().__init__(base.param_groups, {})
         self.base = base
+        self.defaults = base.defaults  # some of torch's schedulers look into it
         self.alpha = alpha
         self._anchor: list[Tensor] = []
         self._now = Now()
@@ -115,14 +117,34 @@ class Wrapper(Optimizer):
         if self._now.position is not None:
             raise RuntimeError("step() needs the lookahead point in the parameters: call train() first")
         parameters = self._parameters()
-        if not self._anchor:
-            self._add_buffers(parameters)
-        self._before(parameters)
+        if not parameters:
+            return self.base.step(closure)
+        if len(self._anchor) < len(parameters):  # at the start, or a group was added to the base itself
+            self._add_buffers(parameters[len(self._anchor) :])
+        if closure is None:
+            self._before(parameters)
+        else:
+            closure = self._then_begin(closure, parameters)
         loss = self.base.step(closure)
         self._now.steps += 1
         self._now.alpha_t = self.alpha(self.steps) if callable(self.alpha) else self.alpha
         self._after(parameters)
         return loss
+
+    def _then_begin(self, closure: Callable[[], Any], parameters: list[Tensor]) -> Callable[[], Any]:
+        """The closure, followed the first time by `_before`: where it fails, nothing has changed."""
+        begun = False
+
+        def evaluate() -> Any:
+            nonlocal begun
+            loss = closure()
+            if not begun:
+                with torch.no_grad():
+                    self._before(parameters)
+            begun = True
+            return loss
+
+        return evaluate
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
@@ -153,9 +175,9 @@ class Wrapper(Optimizer):
 
     @torch.no_grad()
     def _move(self, position: float | None) -> None:
-        if position == self._now.position:  # also where others have written the parameters since
-            return
         parameters = self._parameters()
+        if position == self._now.position or not parameters:  # also where others have written the parameters since
+            return
         if position is None:
             if self._now.y is not None:
                 torch._foreach_copy_(parameters, self._now.y)
@@ -174,6 +196,10 @@ class Wrapper(Optimizer):
         return list(torch._foreach_lerp(self._anchor, self._wide(y), self._weight(position)))
 
     def _add_buffers(self, parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if p.is_complex() or hasattr(p, "placements"):
+                kind = "complex parameters" if p.is_complex() else "DTensors"
+                raise TypeError(f"{type(self).__name__} does not take {kind}")
         self._anchor += [p.detach().to(buffer_dtype(p), copy=True) for p in parameters]
         self._now.mixed = self._now.mixed or any(p.dtype != buffer_dtype(p) for p in parameters)
 
@@ -239,7 +265,8 @@ class Wrapper(Optimizer):
             for i, (tensor, p) in enumerate(zip(tensors, parameters, strict=False)):
                 if tensor.shape != p.shape:
                     raise ValueError(f"{name}[{i}] is {tuple(tensor.shape)}, its parameter is {tuple(p.shape)}")
-        self.base.load_state_dict(state_dict["base"])
+        # torch's own optimizers would step what they are given
+        self.base.load_state_dict(copy.deepcopy(state_dict["base"]))
         self._now.steps = state_dict["steps"]
         self._now.alpha_t = state_dict["alpha_t"]
         self._now.position = state_dict["position"]

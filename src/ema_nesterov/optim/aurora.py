@@ -70,5 +70,6 @@ def even_polar(
     p = newton_schulz(d * u, "polar12", dtype, norm)
     for _ in range(iterations - 1):
         d = d * (tau / p.float().square().sum(-1, keepdim=True).clamp_min(EPS**2)) ** exponent
+        d = d.clamp_max(1e30)  # a row of zeros would go on to infinity
         p = newton_schulz(d * u, "polar12", dtype, norm)
     return p if tall else p.mT

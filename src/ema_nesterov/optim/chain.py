@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ class Chain(Optimizer):
     def __init__(self, optimizers: Sequence[Optimizer]):
         self.optimizers = list(optimizers)
         super().__init__([group for o in self.optimizers for group in o.param_groups], {})
+        shared = set.intersection(*(set(o.defaults) for o in self.optimizers))
+        self.defaults = {k: v for k, v in self.optimizers[0].defaults.items() if k in shared}  # some schedulers look
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -52,13 +55,13 @@ class Chain(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError, naming the first mismatch, when a member or its parameters differ."""
-        states = state_dict["optimizers"]
+        states = state_dict.get("optimizers", [])
         if len(states) != len(self.optimizers):
             raise ValueError(f"state of {len(states)} optimizers, the chain has {len(self.optimizers)}")
         for optimizer, saved_type, state in zip(self.optimizers, state_dict["types"], states, strict=True):
             require_match(optimizer, saved_type, state)
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(copy.deepcopy(state))  # torch's own would step what it is given
         self._share_groups()
 
     def _share_groups(self) -> None:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .match import require_match
+
 State = dict[str, Any]
 
 
@@ -27,15 +29,21 @@ class MatrixOptimizer(Optimizer):
     every rank (on the CPU), so they load on any number of ranks.
 
     Raises ValueError for a parameter whose number of dimensions is not in `DIMENSIONS`, TypeError for a
-    DTensor: what these algorithms do to a shard is not what they do to its matrix.
+    complex one or a DTensor: what these algorithms do to a shard is not what they do to its matrix.
     """
 
     DIMENSIONS: tuple[int, ...] = (2,)
+    ENTRY = "momentum"  # of the state of a parameter that has been stepped
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], group: dist.ProcessGroup | None = None):
         self.group = group
-        self._shards: list[list[Tensor]] = [[] for _ in range(dist.get_world_size(group) if group else 1)]
+        self._rank = 0 if group is None else dist.get_rank(group)
+        if self._rank < 0:
+            raise ValueError(f"this rank is not in the process group that {type(self).__name__} shall share work over")
+        self._shards: list[list[Tensor]] = [[] for _ in range(1 if group is None else dist.get_world_size(group))]
         self._batches: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        if not defaults["lr"] >= 0:
+            raise ValueError(f"lr must be at least 0, got {defaults['lr']}")
         super().__init__(params, defaults)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -48,9 +56,13 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        mine = {id(p) for p in self._shards[self._rank]}
+        mine = self._mine()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and id(p) in mine]
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError(
+                    f"{type(self).__name__} does not take sparse gradients; build the table with sparse=False"
+                )
             if params:
                 self._update(params, group)
         if self.group is not None:
@@ -60,24 +72,35 @@ class MatrixOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
-        for p in params:
-            if hasattr(p, "placements"):
-                self.param_groups.pop()
-                raise TypeError(
-                    f"{type(self).__name__} does not take DTensors: its update of a shard is not that of the matrix"
-                )
-            if p.ndim not in self.DIMENSIONS:
-                self.param_groups.pop()
-                wanted = " or ".join(f"{n}-D" for n in self.DIMENSIONS)
-                raise ValueError(f"{type(self).__name__} takes {wanted} parameters, got shape {tuple(p.shape)}")
+        try:
+            for p in params:
+                self._require_matrix(p)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
         for p in sorted(params, key=Tensor.numel, reverse=True):  # the largest first, to the rank with the least
             min(self._shards, key=lambda shard: sum(q.numel() for q in shard)).append(p)
 
+    def _require_matrix(self, p: Tensor) -> None:
+        name = type(self).__name__
+        if hasattr(p, "placements"):
+            raise TypeError(f"{name} does not take DTensors: its update of a shard is not that of the matrix")
+        if p.is_complex():
+            raise TypeError(f"{name} does not take complex parameters")
+        if p.ndim not in self.DIMENSIONS or not p.numel():
+            wanted = " or ".join(f"{n}-D" for n in self.DIMENSIONS)
+            raise ValueError(f"{name} takes {wanted} parameters, got shape {tuple(p.shape)}")
+
     # --- sharing ------------------------------------------------------------------------------
 
-    @property
-    def _rank(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
+    def _mine(self) -> set[int]:
+        """The ids of the parameters that this rank steps."""
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        if self.group is None:
+            return held
+        if held != {id(p) for shard in self._shards for p in shard}:
+            raise RuntimeError("parameters were exchanged after their owners had been chosen; build the optimizer anew")
+        return {id(p) for p in self._shards[self._rank]}
 
     def _hand_round(self) -> None:
         """Every rank gets the parameters that the others have stepped: one all-gather per dtype."""
@@ -86,11 +109,11 @@ class MatrixOptimizer(Optimizer):
             length = max(sum(p.numel() for p in shard) for shard in shards)
             device = next(p.device for shard in shards for p in shard)
             own = torch.empty(length, dtype=dtype, device=device)
-            everyones = torch.empty(len(shards) * length, dtype=dtype, device=device)
+            everyones = list(torch.empty(len(shards), length, dtype=dtype, device=device).unbind())
             if shards[self._rank]:
                 torch._foreach_copy_(views(own, shards[self._rank]), shards[self._rank])
-            dist.all_gather_into_tensor(everyones, own, group=self.group)
-            for rank, (shard, theirs) in enumerate(zip(shards, everyones.split(length), strict=True)):
+            dist.all_gather(everyones, own, group=self.group)
+            for rank, (shard, theirs) in enumerate(zip(shards, everyones, strict=True)):
                 if shard and rank != self._rank:
                     torch._foreach_copy_(shard, views(theirs, shard))
 
@@ -118,7 +141,7 @@ class MatrixOptimizer(Optimizer):
                     own = rank == self._rank
                     value = states[p][key].contiguous() if own else torch.empty_like(value, device=p.device)
                     dist.broadcast(value, group_src=rank, group=self.group)
-                    value = value.cpu()
+                    value = value.to("cpu", copy=own)
                 complete[p][key] = value
         return complete
 
@@ -130,19 +153,24 @@ class MatrixOptimizer(Optimizer):
         An entry in the parameter's shape becomes (blocks, rows, columns); others are batches of blocks
         already. Plain numbers are left out.
         """
-        key = tuple(map(id, params))
-        if key not in self._batches:
-            self._batches = {k: b for k, b in self._batches.items() if not set(k) & set(key)}
-            states = [self.state[p] for p in params]
-            batches: dict[str, Tensor] = {}
-            for name, value in list(states[0].items()):
-                if isinstance(value, Tensor):
-                    shape = (-1, rows, columns) if value.ndim < 3 else value.shape
-                    batches[name] = torch.cat([state[name].view(shape) for state in states])
-                    for state, part in zip(states, batches[name].chunk(len(states)), strict=True):
-                        state[name] = part.view(value.shape)
-            self._batches[key] = batches
-        return self._batches[key]
+        key, states = tuple(map(id, params)), [self.state[p] for p in params]
+        held = self._batches.get(key)
+        if held is not None and all(  # unless others have moved or replaced a state since
+            name in state and state[name].data_ptr() == part.data_ptr()
+            for name, batch in held.items()
+            for state, part in zip(states, batch.chunk(len(states)), strict=True)
+        ):
+            return held
+        self._batches = {k: b for k, b in self._batches.items() if not set(k) & set(key)}
+        batches: dict[str, Tensor] = {}
+        for name, value in list(states[0].items()):
+            if isinstance(value, Tensor):
+                shape = (-1, rows, columns) if value.ndim < 3 else value.shape
+                batches[name] = torch.cat([state[name].view(shape) for state in states])
+                for state, part in zip(states, batches[name].chunk(len(states)), strict=True):
+                    state[name] = part.view(value.shape)
+        self._batches[key] = batches
+        return batches
 
     def _alike(self, params: list[Tensor]) -> Iterable[list[Tensor]]:
         """The parameters by shape and number of steps: what can be worked on as one batch."""
@@ -160,12 +188,21 @@ class MatrixOptimizer(Optimizer):
             self.state = held
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict()`, saved on any number of ranks. Raises ValueError when the groups differ."""
+        """Restore `state_dict()`, saved on any number of ranks.
+
+        Raises ValueError, naming the first mismatch, when it is another optimizer's or of other parameters.
+        """
+        name = type(self).__name__
+        if "param_groups" not in state_dict:
+            raise ValueError(f"state of a wrapper or a chain cannot be loaded into {name}")
+        require_match(self, name, state_dict)
+        for i, state in state_dict["state"].items():
+            if self.ENTRY not in state:
+                raise ValueError(f"{name}: the state of parameter {i} has no {self.ENTRY}; it is another optimizer's")
         # torch would round float32 state to the dtype of a bfloat16 parameter: it gets the groups alone
         super().load_state_dict({**state_dict, "state": {}})
         self._batches.clear()
-        params = [p for group in self.param_groups for p in group["params"]]
-        mine = {id(p) for p in self._shards[self._rank]}
+        params, mine = [p for group in self.param_groups for p in group["params"]], self._mine()
         for i, state in state_dict["state"].items():
             p = params[i]
             if id(p) in mine:

@@ -39,7 +39,7 @@ class Muon(MatrixOptimizer):
     parameter. ns_dtype: of the products, see `newton_schulz`. group: shares work and state over ranks,
     see `MatrixOptimizer`, whose errors are Muon's too.
 
-    Raises ValueError for an unknown `scale` or `ns`.
+    Raises ValueError for an unknown `scale` or `ns`, or a momentum outside [0, 1).
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class Muon(MatrixOptimizer):
             raise ValueError(f"scale must be one of {sorted(SCALES)}, got {scale!r}")
         if ns not in STEPS:
             raise ValueError(f"ns must be one of {sorted(STEPS)}, got {ns!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale, ns=ns, split_qkv=split_qkv)
         self.ns_dtype = ns_dtype
         super().__init__(params, defaults, group)

@@ -45,6 +45,8 @@ class Record30(MatrixOptimizer):
     SOAP. iterations, exponent: of Aurora's polar factor. gradient_scale multiplies the gradients, whose size only
     the guards against division by 0 notice: the record sums its loss over the tokens of a step. group:
     shares work and state over ranks, see `MatrixOptimizer`, whose errors are this one's too.
+
+    Raises ValueError when precondition_frequency or iterations is below 1.
     """
 
     def __init__(
@@ -66,6 +68,9 @@ class Record30(MatrixOptimizer):
         ns_dtype: torch.dtype | None = None,
         group: ProcessGroup | None = None,
     ):
+        if precondition_frequency < 1 or iterations < 1:
+            got = f"{precondition_frequency} and {iterations}"
+            raise ValueError(f"precondition_frequency and iterations must be at least 1, got {got}")
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, soap_blend=soap_blend, soap_floor=soap_floor)
         self.contra, self.contra_steps, self.update_floor, self.brake = contra, contra_steps, update_floor, brake
         self.soap_beta, self.precondition_frequency = soap_beta, precondition_frequency

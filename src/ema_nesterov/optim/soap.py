@@ -39,6 +39,7 @@ class SOAP(MatrixOptimizer):
     """
 
     DIMENSIONS = (1, 2)
+    ENTRY = "rotated_avg"
 
     def __init__(
         self,

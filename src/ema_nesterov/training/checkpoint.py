@@ -61,6 +61,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor], seen: dict[tuple
         # a tied parameter stands twice in a state dict and once in the file
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (path,)
         if key not in seen:
+            assert path not in tensors, f"two tensors under {path}"
             seen[key] = path
             tensors[path] = value.detach()
         return {"tensor": seen[key]}

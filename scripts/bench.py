@@ -1,0 +1,471 @@
+"""Time and memory of the optimizers, beside a floor and a peer measured in the same run.
+
+    python scripts/bench.py optimizers [shapes=nanogpt_124m] [layers=N] [parts=[wrappers,matrices,soap]] [output=FILE]
+    torchrun --standalone --nproc-per-node=8 scripts/bench.py optimizers     the ranks share the matrices' work
+
+shapes: a model of configs/model, or a list; layers: of it (default: all on a GPU, 1 on a CPU). Contenders take
+turns, and each figure is the median over `repeats` turns; a turn is a whole period of what does not happen at
+every step. Newton-Schulz runs in bfloat16 on a GPU and in float32 on a CPU.
+
+    ms/step   of the wrapper alone, around a base that does nothing; of the whole step for a base optimizer
+    floor     what the bytes or the products alone take, at the copy bandwidth and matmul rate of this machine
+    x floor   ms/step over the floor
+    B/param   held beyond weights and gradients, in bytes per parameter that the optimizer trains (rank 0's)
+    peak      the most that was allocated beyond that during a step (GPU)
+    faster    than the peer named, by that factor
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra import compose, initialize_config_dir
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+import ema_nesterov.config  # noqa: F401  (registers the schemas)
+from ema_nesterov.cli import guard, parse
+from ema_nesterov.errors import ConfigError
+from ema_nesterov.lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nesterov
+from ema_nesterov.models import build_model
+from ema_nesterov.optim import SOAP, Aurora, Muon, NorMuon, Record30
+from ema_nesterov.optim.build import parameter_roles
+from ema_nesterov.optim.newton_schulz import STEPS, newton_schulz
+from ema_nesterov.training.distributed import Ranks, ranks
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+K = 5  # steps from sync to sync, of the wrappers that have one
+
+
+@dataclass
+class Arguments:
+    shapes: Any = field(default_factory=lambda: ["nanogpt_124m", "llama_350m"])
+    layers: int | None = None
+    parts: list[str] = field(default_factory=lambda: ["wrappers", "matrices", "soap"])
+    repeats: int = 3
+    device: str = "auto"
+    output: str | None = None  # a JSON file
+
+
+@dataclass
+class Row:
+    """One line of the table; times in ms."""
+
+    name: str
+    ms: float = 0.0
+    floor: float | None = None
+    held: float | None = None  # bytes per parameter
+    peak: float | None = None
+    peer: str | None = None
+    faster: float | None = None
+
+
+@dataclass
+class Contender:
+    row: Row
+    step: Callable[[], Any]
+    calls: int  # steps of a turn
+    times: list[float] = field(default_factory=list)
+
+
+# --- the literal forms, and what stands around a wrapper ------------------------------------------
+
+
+class Still(Optimizer):
+    """A base that does nothing: a step of its wrapper is the wrapper's own."""
+
+    def __init__(self, params: list[Tensor]):
+        super().__init__(params, {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> Any:
+        return None
+
+
+class TwoBuffers:
+    """EMA-Nesterov as Algorithm 1 is written: the previous weights and m, tensor after tensor."""
+
+    def __init__(self, params: list[Tensor], alpha: float, gamma: float):
+        self.params, self.alpha, self.gamma = params, alpha, gamma
+        self.previous, self.m = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p, previous, m in zip(self.params, self.previous, self.m, strict=True):
+            m.mul_(self.gamma).add_(p - previous, alpha=1 - self.gamma)
+            previous.copy_(p)
+            p.add_(m, alpha=self.alpha)
+
+
+class LoopMuon(Optimizer):
+    """Muon one matrix at a time."""
+
+    def __init__(self, params: list[Tensor], lr: float, split_qkv: bool):
+        super().__init__(params, {"lr": lr})
+        self.split_qkv = split_qkv
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            update = p.grad.lerp(momentum, 0.95)
+            blocks = 3 if self.split_qkv and p.size(0) == 3 * p.size(1) else 1
+            o = torch.cat([newton_schulz(part) for part in update.chunk(blocks)])
+            p.add_(o.to(p.dtype), alpha=-self.param_groups[0]["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
+
+
+# --- floors ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Machine:
+    copy: float  # bytes per ms: read and written
+    matmul: dict[torch.dtype, float]  # operations per ms
+
+    def traffic(self, tensors: float, numel: int) -> float:
+        """ms to move that many float32 tensors of the weights' size through memory."""
+        return 4 * tensors * numel / self.copy
+
+
+def measure_machine(device: torch.device) -> Machine:
+    big = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
+    other = torch.ones_like(big)
+    copy = min(timed(lambda: big.copy_(other), 3, device) for _ in range(5))
+    side = 8192 if device.type == "cuda" else 1536
+    rates = {}
+    for dtype in {ns_dtype(device), torch.float32}:
+        a = torch.randn(side, side, device=device).to(dtype)
+        rates[dtype] = 2 * side**3 / min(timed(partial(torch.matmul, a, a), 3, device) for _ in range(5))
+    return Machine(2 * 4 * big.numel() / copy, rates)
+
+
+def ns_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def ns_operations(shapes: list[torch.Size], method: str, split_qkv: bool = False) -> float:
+    """Operations of Newton-Schulz on matrices of these shapes."""
+    total = 0.0
+    for rows, columns in shapes:
+        blocks, rows = (3, columns) if split_qkv and rows == 3 * columns else (1, rows)
+        short, long = sorted((rows, columns))
+        total += blocks * len(STEPS[method]) * (4 * short**2 * long + 2 * short**3)
+    return total
+
+
+def soap_operations(shapes: list[torch.Size], frequency: int, max_dim: int, split_qkv: bool) -> float:
+    """Operations of a SOAP step on average: covariances, two rotations, and the bases' power step and QR."""
+    total = 0.0
+    for shape in shapes:
+        if len(shape) < 2:
+            continue
+        rows, columns = shape
+        blocks, rows = (3, columns) if split_qkv and rows == 3 * columns else (1, rows)
+        for side, other in ((rows, columns), (columns, rows)):
+            if side <= max_dim:
+                total += blocks * (6 * side**2 * other + (2 + 8 / 3) * side**3 / frequency)
+    return total
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+def timed(work: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """ms per call; over ranks, the slowest one's."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(calls):
+        work()
+    synchronize(device)
+    ms = torch.tensor(1000 * (time.perf_counter() - begin) / calls, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(ms, dist.ReduceOp.MAX)
+    return float(ms)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def compare(contenders: list[Contender], repeats: int, device: torch.device) -> list[Row]:
+    """Every contender's median over turns that they take one after another."""
+    for c in contenders:
+        c.step()  # starts the state, and compiles what is compiled
+        if device.type == "cuda":
+            c.step()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            c.step()
+            c.row.peak = float(torch.cuda.max_memory_allocated(device) - before)
+    for _ in range(repeats):
+        for c in contenders:
+            c.times.append(timed(c.step, c.calls, device))
+    for c in contenders:
+        c.row.ms = statistics.median(c.times)
+    rows = {c.row.name: c.row for c in contenders}
+    for row in rows.values():
+        if row.peer is not None:
+            row.faster = rows[row.peer].ms / row.ms
+    return list(rows.values())
+
+
+def held_bytes(optimizer: Any) -> int:
+    """What an optimizer keeps, wherever it keeps it; every storage once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value not in parameters:
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+        elif isinstance(value, Optimizer):
+            visit(vars(value))
+
+    groups = getattr(optimizer, "param_groups", None)
+    parameters = set(optimizer.params if groups is None else [p for g in groups for p in g["params"]])
+    visit(vars(optimizer))
+    return sum(storages.values())
+
+
+# --- the three parts ------------------------------------------------------------------------------
+
+
+def wrappers(params: list[Tensor], machine: Machine, repeats: int, device: torch.device) -> list[Row]:
+    """Each wrapper around a base that does nothing. `tensors`: how many of the weights' size a step must move."""
+    import pytorch_optimizer as peers
+
+    numel = sum(p.numel() for p in params)
+    sync = 1 / K
+    entries: list[tuple[str, Any, float | None, str | None]] = [
+        ("EMANesterov", EMANesterov(Still(params), 0.5, 0.99), 4, "two buffers, literal"),
+        ("two buffers, literal", TwoBuffers(params, 0.5, 0.99), 11, None),
+        ("Nesterov", Nesterov(Still(params), 0.5), 6, None),
+        (f"NALA k={K}", NALA(Still(params), 0.5, K), 6 * sync, None),
+        (f"Lookahead k={K}", Lookahead(Still(params), 0.5, K), 4 * sync, "pytorch_optimizer Lookahead"),
+        ("pytorch_optimizer Lookahead", peers.Lookahead(Still(params), k=K, alpha=0.5), None, None),
+        (f"SNOO k={K}", SNOO(Still(params), 0.8, 0.5, K), 6 * sync, None),
+        ("GPA", GPA(Still(params), 0.99, 0.7), 5, "pytorch_optimizer ScheduleFree"),
+        ("pytorch_optimizer ScheduleFree", peers.ScheduleFreeWrapper(Still(params), momentum=0.9), None, None),
+    ]
+    contenders = []
+    for name, optimizer, tensors, peer in entries:
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        floor = None if tensors is None else machine.traffic(tensors, numel)
+        contenders.append(Contender(Row(name, floor=floor, peer=peer), optimizer.step, 2 * K))
+    rows = compare(contenders, repeats, device)
+    return finish(rows, [optimizer for _, optimizer, *_ in entries], numel)
+
+
+def matrices(params: list[Tensor], split: bool, machine: Machine, repeats: int, ranks: Ranks) -> list[Row]:
+    """The optimizers of the hidden matrices, and AdamW on the same."""
+    import pytorch_optimizer as peers
+    from pytorch_optimizer.optimizer.muon import base as peer_muon
+
+    group, device = ranks.group, ranks.device
+    numel, shapes = sum(p.numel() for p in params), [p.shape for p in params]
+    polar = ns_operations(shapes, "polar12", split)
+    quintic = ns_operations(shapes, "quintic5", split)
+    uneven = [s for s in shapes if s[0] != s[1]]
+    aurora = ns_operations(shapes, "polar12") + ns_operations(uneven, "polar12")
+    loop, theirs = "Muon, matrix by matrix", [dict(params=params, use_muon=True)]
+    if device.type == "cpu":  # where products in bfloat16, which the packages know alone, take a minute
+        in_float32 = partial(peer_muon.zero_power_via_newton_schulz_5, dtype=torch.float32)
+        peer_muon.zero_power_via_newton_schulz_5 = in_float32
+    entries: list[tuple[str, Any, float | None, str | None]] = [
+        ("Muon", Muon(params, 1e-5, split_qkv=split, group=group), quintic, loop),
+        (loop, LoopMuon(params, 1e-5, split), quintic, None),
+        ("pytorch_optimizer Muon", peers.Muon(theirs, lr=1e-5), ns_operations(shapes, "quintic5"), None),
+        ("Muon, 12 steps", Muon(params, 1e-5, ns="polar12", split_qkv=split, group=group), polar, None),
+        ("NorMuon", NorMuon(params, 1e-5, split_qkv=split, group=group), quintic, "pytorch_optimizer NorMuon"),
+        ("pytorch_optimizer NorMuon", peers.NorMuon(theirs, lr=1e-5), ns_operations(shapes, "quintic5"), None),
+        ("Aurora", Aurora(params, 1e-5, group=group), aurora, None),
+        ("AdamW, fused", AdamW(params, 1e-5, fused=True), None, None),
+    ]
+    if device.type == "cuda":
+        entries.append(("torch.optim.Muon", torch.optim.Muon(params, 1e-5), ns_operations(shapes, "quintic5"), None))
+    contenders = []
+    for name, optimizer, operations, peer in entries:
+        floor = machine.traffic(7 if operations is None else 5, numel)
+        if operations is not None:
+            shares = ranks.size if getattr(optimizer, "group", None) is not None else 1
+            floor = max(floor, operations / machine.matmul[ns_dtype(device)] / shares)
+        contenders.append(
+            Contender(Row(name, floor=floor, peer=peer), optimizer.step, 4 if device.type == "cuda" else 1)
+        )
+    return finish(compare(contenders, repeats, device), [optimizer for _, optimizer, *_ in entries], numel)
+
+
+def soap(
+    params: list[Tensor], hidden: list[Tensor], split: bool, machine: Machine, repeats: int, ranks: Ranks
+) -> list[Row]:
+    """SOAP on all parameters and the record-30 stack on the hidden matrices, over whole periods of 10 steps."""
+    import pytorch_optimizer as peers
+
+    numel, period = sum(p.numel() for p in params), 10
+    options: dict[str, Any] = dict(lr=1e-5, betas=(0.9, 0.95), precondition_frequency=period)
+    ours = SOAP(params, split_qkv=split, group=ranks.group, **options)
+    theirs = peers.SOAP(params, weight_decay=0.0, **options)
+    mlp = [{"params": [p for p in hidden if p.size(0) != p.size(1)], "soap_blend": 1.0}]
+    stack = Record30([*mlp, {"params": [p for p in hidden if p.size(0) == p.size(1)]}], 1e-5, group=ranks.group)
+    shares = 1 if ranks.group is None else ranks.size
+    operations = soap_operations([p.shape for p in params], period, 10_000, split)
+    floor = max(machine.traffic(7, numel), operations / machine.matmul[torch.float32] / shares)
+    contenders = [
+        Contender(Row("SOAP", floor=floor, peer="pytorch_optimizer SOAP"), ours.step, period),
+        Contender(Row("pytorch_optimizer SOAP"), theirs.step, period),
+        Contender(Row("Record30"), stack.step, period),
+    ]
+    rows = compare(contenders, repeats, ranks.device)
+    return [
+        *finish(rows[:2], [ours, theirs], numel),
+        *finish(rows[2:], [stack], sum(p.numel() for p in hidden)),
+    ]
+
+
+def finish(rows: list[Row], optimizers: list[Any], numel: int) -> list[Row]:
+    for row, optimizer in zip(rows, optimizers, strict=True):
+        row.held = held_bytes(optimizer) / numel
+        row.peak = None if row.peak is None else row.peak / numel
+    return rows
+
+
+def training_step(name: str, device: torch.device) -> float:
+    """ms of forward and backward on what one of eight GPUs gets of the paper's batch."""
+    batch, length = (128, 256) if name.startswith("llama") else (64, 1024)
+    cfg = compose_model(name, None)
+    with device:
+        model = build_model(cfg, dtype=torch.bfloat16)
+        tokens = torch.randint(0, 30_000, (batch, length))
+    compiled = torch.compile(model, dynamic=False)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=cfg.autocast):
+            loss = compiled(tokens, tokens)
+        loss.backward()
+        model.zero_grad()
+
+    for _ in range(3):
+        step()
+    return statistics.median(timed(step, 3, device) for _ in range(3))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def compose_model(name: str, layers: int | None) -> Any:
+    if not (CONFIGS / "model" / f"{name}.yaml").exists():
+        raise ConfigError(f"no model {name} in configs/model; type shapes=nanogpt_124m")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", [f"model={name}", *([] if layers is None else [f"model.layers={layers}"])]).model
+
+
+def make_parameters(name: str, layers: int | None, device: torch.device) -> dict[str, list[Tensor]]:
+    """Random weights with gradients, by role, in the shapes of a model."""
+    with torch.device("meta"):
+        model = build_model(compose_model(name, layers))
+    torch.manual_seed(0)
+
+    def fill(p: Tensor) -> Tensor:
+        weight = (0.02 * torch.randn(p.shape, device=device)).requires_grad_()
+        weight.grad = 1e-3 * torch.randn(p.shape, device=device)
+        return weight
+
+    return {role: [fill(p) for p in params] for role, params in parameter_roles(model).items()}
+
+
+def run_parts(args: Arguments, name: str, ranks: Ranks, machine: Machine) -> Iterator[tuple[str, list[Row]]]:
+    device = ranks.device
+    layers = args.layers if args.layers is not None else (1 if device.type == "cpu" else None)
+    roles = make_parameters(name, layers, device)
+    everything, split = [p for params in roles.values() for p in params], name == "nanogpt_124m"
+    count = sum(p.numel() for p in everything)
+    title = f"{name}, {'all' if layers is None else layers} layers, {count:,} parameters"
+    if "wrappers" in args.parts:
+        yield f"{title}: wrappers", wrappers(everything, machine, args.repeats, device)
+    if "matrices" in args.parts:
+        yield f"{title}: hidden matrices", matrices(roles["matrix"], split, machine, args.repeats, ranks)
+    if "soap" in args.parts:
+        yield f"{title}: SOAP", soap(everything, roles["matrix"], split, machine, args.repeats, ranks)
+
+
+def show(title: str, rows: list[Row]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    for column in ("", "ms/step", "floor", "x floor", "B/param", "peak", "faster", "than"):
+        table.add_column(column, justify="left" if column in ("", "than") else "right", no_wrap=True)
+    for r in rows:
+        over = None if r.floor is None else r.ms / r.floor
+        numbers = [r.ms, r.floor, over, r.held, r.peak, r.faster]
+        table.add_row(r.name, *("-" if n is None else f"{n:.2f}" for n in numbers), r.peer or "")
+    return table
+
+
+def optimizers(arguments: list[str]) -> None:
+    args = parse(Arguments, arguments)
+    for part in args.parts:
+        if part not in ("wrappers", "matrices", "soap"):
+            raise ConfigError(f"parts={part} must be wrappers, matrices or soap")
+    names = [args.shapes] if isinstance(args.shapes, str) else list(args.shapes)
+    for name in names:
+        compose_model(name, args.layers)
+    with ranks(args.device) as group:
+        device = group.device
+        console = Console(width=130, quiet=not group.is_first, highlight=False)
+        machine = measure_machine(device)
+        kind = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        rates = ", ".join(f"{rate / 1e9:.2f} TFLOP/s {str(dtype)[6:]}" for dtype, rate in machine.matmul.items())
+        about = (
+            f"{group.size} x {kind}, torch {torch.__version__}: copies {machine.copy / 1e6:.0f} GB/s, products {rates}"
+        )
+        console.print(about)
+        results: dict[str, Any] = {"machine": about}
+        for name in names:
+            for title, rows in run_parts(args, name, group, machine):
+                console.print(show(title, rows))
+                results[title] = [asdict(row) for row in rows]
+            if device.type == "cuda":
+                results[f"{name}: training step"] = ms = training_step(name, device)
+                console.print(f"{name}: forward and backward on an eighth of the paper's batch: {ms:.1f} ms\n")
+        if args.output and group.is_first:
+            Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main() -> None:
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if {"-h", "--help"} & set(sys.argv) or command == "--help":
+        print(__doc__)
+        return
+    if command != "optimizers":
+        raise ConfigError(f"unknown benchmark {command}; type optimizers")
+    optimizers(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    guard(main)
