@@ -1,11 +1,12 @@
 """Time and memory of the optimizers, beside a floor and a peer measured in the same run.
 
-    python scripts/bench.py optimizers [shapes=nanogpt_124m] [layers=N] [parts=[wrappers,matrices,soap]] [output=FILE]
+    python scripts/bench.py optimizers [shapes=nanogpt_124m] [layers=N] [parts=[wrappers]] [output=FILE]
     torchrun --standalone --nproc-per-node=8 scripts/bench.py optimizers     the ranks share the matrices' work
 
-shapes: a model of configs/model, or a list; layers: of it (default: all on a GPU, 1 on a CPU). Contenders take
-turns, and each figure is the median over `repeats` turns; a turn is a whole period of what does not happen at
-every step. Newton-Schulz runs in bfloat16 on a GPU and in float32 on a CPU.
+shapes: a model of configs/model, or a list; layers: of it (default: all on a GPU, 1 on a CPU). parts: of
+wrappers, matrices, soap and record30 (default: all on a GPU, on a CPU all but the last). Contenders take turns,
+and each figure is the median over `repeats` turns; a turn is a whole period of what does not happen at every
+step. Newton-Schulz runs in bfloat16 on a GPU and in float32 on a CPU.
 
     ms/step   of the wrapper alone, around a base that does nothing; of the whole step for a base optimizer
     floor     what the bytes or the products alone take, at the copy bandwidth and matmul rate of this machine
@@ -47,6 +48,7 @@ from ema_nesterov.optim.newton_schulz import STEPS, newton_schulz
 from ema_nesterov.training.distributed import Ranks, ranks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PARTS = ("wrappers", "matrices", "soap", "record30")
 K = 5  # steps from sync to sync, of the wrappers that have one
 
 
@@ -54,7 +56,7 @@ K = 5  # steps from sync to sync, of the wrappers that have one
 class Arguments:
     shapes: Any = field(default_factory=lambda: ["nanogpt_124m", "llama_350m"])
     layers: int | None = None
-    parts: list[str] = field(default_factory=lambda: ["wrappers", "matrices", "soap"])
+    parts: list[str] | None = None
     repeats: int = 3
     device: str = "auto"
     output: str | None = None  # a JSON file
@@ -321,31 +323,30 @@ def matrices(params: list[Tensor], split: bool, machine: Machine, repeats: int, 
     return finish(compare(contenders, repeats, device), [optimizer for _, optimizer, *_ in entries], numel)
 
 
-def soap(
-    params: list[Tensor], hidden: list[Tensor], split: bool, machine: Machine, repeats: int, ranks: Ranks
-) -> list[Row]:
-    """SOAP on all parameters and the record-30 stack on the hidden matrices, over whole periods of 10 steps."""
+def soap(params: list[Tensor], split: bool, machine: Machine, repeats: int, ranks: Ranks) -> list[Row]:
+    """SOAP on all parameters, over whole periods of 10 steps."""
     import pytorch_optimizer as peers
 
-    numel, period = sum(p.numel() for p in params), 10
+    period = 10
     options: dict[str, Any] = dict(lr=1e-5, betas=(0.9, 0.95), precondition_frequency=period)
     ours = SOAP(params, split_qkv=split, group=ranks.group, **options)
     theirs = peers.SOAP(params, weight_decay=0.0, **options)
-    mlp = [{"params": [p for p in hidden if p.size(0) != p.size(1)], "soap_blend": 1.0}]
-    stack = Record30([*mlp, {"params": [p for p in hidden if p.size(0) == p.size(1)]}], 1e-5, group=ranks.group)
-    shares = 1 if ranks.group is None else ranks.size
+    numel, shares = sum(p.numel() for p in params), 1 if ranks.group is None else ranks.size
     operations = soap_operations([p.shape for p in params], period, 10_000, split)
     floor = max(machine.traffic(7, numel), operations / machine.matmul[torch.float32] / shares)
     contenders = [
         Contender(Row("SOAP", floor=floor, peer="pytorch_optimizer SOAP"), ours.step, period),
         Contender(Row("pytorch_optimizer SOAP"), theirs.step, period),
-        Contender(Row("Record30"), stack.step, period),
     ]
-    rows = compare(contenders, repeats, ranks.device)
-    return [
-        *finish(rows[:2], [ours, theirs], numel),
-        *finish(rows[2:], [stack], sum(p.numel() for p in hidden)),
-    ]
+    return finish(compare(contenders, repeats, ranks.device), [ours, theirs], numel)
+
+
+def record30(params: list[Tensor], repeats: int, ranks: Ranks) -> list[Row]:
+    """The record-30 stack on the hidden matrices, SOAP on those that are not square, over whole periods."""
+    mlp, rest = ([p for p in params if (p.size(0) == p.size(1)) == square] for square in (False, True))
+    stack = Record30([{"params": mlp, "soap_blend": 1.0}, {"params": rest}], 1e-5, group=ranks.group)
+    rows = compare([Contender(Row("Record30"), stack.step, 10)], repeats, ranks.device)
+    return finish(rows, [stack], sum(p.numel() for p in params))
 
 
 def finish(rows: list[Row], optimizers: list[Any], numel: int) -> list[Row]:
@@ -406,12 +407,16 @@ def run_parts(args: Arguments, name: str, ranks: Ranks, machine: Machine) -> Ite
     everything, split = [p for params in roles.values() for p in params], name == "nanogpt_124m"
     count = sum(p.numel() for p in everything)
     title = f"{name}, {'all' if layers is None else layers} layers, {count:,} parameters"
-    if "wrappers" in args.parts:
+    parts = args.parts or [part for part in PARTS if device.type == "cuda" or part != "record30"]
+    slow = args.repeats if device.type == "cuda" else 1
+    if "wrappers" in parts:
         yield f"{title}: wrappers", wrappers(everything, machine, args.repeats, device)
-    if "matrices" in args.parts:
+    if "matrices" in parts:
         yield f"{title}: hidden matrices", matrices(roles["matrix"], split, machine, args.repeats, ranks)
-    if "soap" in args.parts:
-        yield f"{title}: SOAP", soap(everything, roles["matrix"], split, machine, args.repeats, ranks)
+    if "soap" in parts:
+        yield f"{title}: SOAP", soap(everything, split, machine, slow, ranks)
+    if "record30" in parts:
+        yield f"{title}: record 30", record30(roles["matrix"], slow, ranks)
 
 
 def show(title: str, rows: list[Row]) -> Table:
@@ -427,9 +432,9 @@ def show(title: str, rows: list[Row]) -> Table:
 
 def optimizers(arguments: list[str]) -> None:
     args = parse(Arguments, arguments)
-    for part in args.parts:
-        if part not in ("wrappers", "matrices", "soap"):
-            raise ConfigError(f"parts={part} must be wrappers, matrices or soap")
+    for part in args.parts or []:
+        if part not in PARTS:
+            raise ConfigError(f"parts={part} must be of {', '.join(PARTS)}")
     names = [args.shapes] if isinstance(args.shapes, str) else list(args.shapes)
     for name in names:
         compose_model(name, args.layers)

@@ -3,11 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from ema_nesterov.config import alpha_schedule, check, lr_schedule, momentum_schedule, steps_of
 from ema_nesterov.errors import ConfigError
+from ema_nesterov.lookahead import Wrapper
+from ema_nesterov.models import build_model
+from ema_nesterov.optim.build import build_optimizer
 from ema_nesterov.training.identity import run_hash
 from tests.conftest import ROOT, composed
 
@@ -32,6 +36,18 @@ def test_every_option_composes(group: str) -> None:
         assert not OmegaConf.missing_keys(cfg)
         if group not in ("dataset",):  # a dataset may not fit the default model's vocabulary
             check(composed(f"{group}={path.stem}", "dataset.vocab_size=100", *alone))
+
+
+def test_every_wrapper_composes_with_every_base() -> None:
+    names = {group: [p.stem for p in (ROOT / "configs" / group).glob("*.yaml")] for group in ("optimizer", "lookahead")}
+    with torch.device("meta"):
+        model = build_model(composed().model)
+    for optimizer in names["optimizer"]:
+        for lookahead in names["lookahead"]:
+            cfg = composed(f"optimizer={optimizer}", f"lookahead={lookahead}")
+            check(cfg)
+            built = build_optimizer(model, cfg)
+            assert isinstance(built, Wrapper) == (lookahead != "none")
 
 
 def test_the_papers_numbers_stand_in_the_experiments() -> None:

@@ -248,7 +248,7 @@ def test_chain_refuses_a_parameter_twice() -> None:
 
 def test_every_parameter_is_covered_exactly_once() -> None:
     for name in ("tiny", "nanogpt_124m", "nanogpt_162m", "llama_60m"):
-        for optimizer in ("adamw", "muon", "normuon", "aurora", "soap"):
+        for optimizer in ("adamw", "muon", "normuon", "aurora", "soap", "record30"):
             cfg = composed(f"model={name}", f"optimizer={optimizer}", "probe_every=1")
             with torch.device("meta"):
                 model = build_model(cfg.model)

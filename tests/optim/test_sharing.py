@@ -184,6 +184,19 @@ def test_under_ddp_every_rank_ends_each_step_with_the_same_weights(tmp_path: Pat
     assert all(len(set(sums)) == 5 for sums in ranks[0].values())
 
 
+def save_on_the_first_rank(rank: int) -> int:
+    """As transformers' Trainer does; without a group nothing waits for the others."""
+    params = parameters()
+    optimizer = WRAPPERS["ema_nesterov"](build_base("muon_llama", params))
+    for step in range(3):
+        take_step(optimizer, params, step)
+    return len(optimizer.state_dict()["buffers"]["anchor"]) if rank == 0 else 0
+
+
+def test_without_a_group_one_rank_saves_alone(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path, save_on_the_first_rank) == [5, 0]
+
+
 def copy_while_sharing(_: int) -> str:
     try:
         copy.deepcopy(Muon([nn.Parameter(torch.zeros(2, 2))], lr=0.1, group=group()))

@@ -3,8 +3,8 @@
     e <- e + a (x - e)        x <- x + b (e - x)
 
 Each reads and writes every weight; one after the other they move 6 tensors through memory, together 4.
-On a GPU one compiled kernel does both. On a CPU the weights are worked on in pieces that stay in its
-cache from the first interpolation to the second.
+On a GPU one compiled kernel does both. On a CPU they go tensor by tensor, so that the second finds in the
+cache what the first has left there, where it fits.
 """
 
 from __future__ import annotations
@@ -16,30 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = 1 << 18  # elements: two float32 pieces are 2 MiB
-
 
 def average_and_extrapolate_(averages: list[Tensor], points: list[Tensor], a: float, b: float) -> None:
     """e <- e + a (x - e), then x <- x + b (e - x), in place; x may be of lower precision than e."""
-    if points[0].device.type == "cpu" or find_spec("triton") is None:
+    if points[0].device.type == "cpu" or not _has_triton():
         for e, x in zip(averages, points, strict=True):
-            _in_pieces(e, x, a, b)
+            wide = x.to(e.dtype)
+            e.lerp_(wide, a)
+            wide.lerp_(e, b)
+            if wide is not x:
+                x.copy_(wide)
         return
     # numbers would be compiled in, and compiled anew whenever a schedule moves them
     weights = [torch.tensor(weight, dtype=averages[0].dtype) for weight in (a, b)]
     _compiled()(averages, points, *weights)
 
 
-def _in_pieces(e: Tensor, x: Tensor, a: float, b: float) -> None:
-    flat = e.is_contiguous() and x.is_contiguous()
-    pieces = zip(e.view(-1).split(PIECE), x.view(-1).split(PIECE), strict=True) if flat else [(e, x)]
-    for e_piece, x_piece in pieces:
-        wide = x_piece.to(e.dtype)
-        e_piece.lerp_(wide, a)
-        if wide is x_piece:
-            x_piece.lerp_(e_piece, b)
-        else:
-            x_piece.copy_(wide.lerp_(e_piece, b))
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache

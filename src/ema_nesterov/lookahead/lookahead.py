@@ -73,7 +73,8 @@ class Lookahead(Wrapper):
                 continue
             if "exp_avg_sq" not in state:
                 raise ValueError("an adaptive alpha needs a base that keeps a second moment (exp_avg_sq), as Adam does")
-            correction = 1 - group["betas"][1] ** torch.as_tensor(state["step"], device=p.device)
+            on_device = isinstance(state["step"], Tensor) and state["step"].device == p.device  # as a fused Adam's
+            correction = 1 - group["betas"][1] ** (state["step"] if on_device else float(state["step"]))
             slope -= (p.grad * displacement[p]).sum()
             curvature += (state["exp_avg_sq"] / correction * displacement[p].square()).sum()
         alpha = 1 + slope / curvature
