@@ -59,6 +59,7 @@ class Arguments:
     parts: list[str] | None = None
     repeats: int = 3
     device: str = "auto"
+    max_dim: int = 10_000  # of SOAP
     output: str | None = None  # a JSON file
 
 
@@ -323,16 +324,16 @@ def matrices(params: list[Tensor], split: bool, machine: Machine, repeats: int, 
     return finish(compare(contenders, repeats, device), [optimizer for _, optimizer, *_ in entries], numel)
 
 
-def soap(params: list[Tensor], split: bool, machine: Machine, repeats: int, ranks: Ranks) -> list[Row]:
+def soap(params: list[Tensor], split: bool, max_dim: int, machine: Machine, repeats: int, ranks: Ranks) -> list[Row]:
     """SOAP on all parameters, over whole periods of 10 steps."""
     import pytorch_optimizer as peers
 
     period = 10
     options: dict[str, Any] = dict(lr=1e-5, betas=(0.9, 0.95), precondition_frequency=period)
-    ours = SOAP(params, split_qkv=split, group=ranks.group, **options)
-    theirs = peers.SOAP(params, weight_decay=0.0, **options)
+    ours = SOAP(params, split_qkv=split, max_dim=max_dim, group=ranks.group, **options)
+    theirs = peers.SOAP(params, weight_decay=0.0, max_precondition_dim=max_dim, **options)
     numel, shares = sum(p.numel() for p in params), 1 if ranks.group is None else ranks.size
-    operations = soap_operations([p.shape for p in params], period, 10_000, split)
+    operations = soap_operations([p.shape for p in params], period, max_dim, split)
     floor = max(machine.traffic(7, numel), operations / machine.matmul[torch.float32] / shares)
     contenders = [
         Contender(Row("SOAP", floor=floor, peer="pytorch_optimizer SOAP"), ours.step, period),
@@ -414,7 +415,7 @@ def run_parts(args: Arguments, name: str, ranks: Ranks, machine: Machine) -> Ite
     if "matrices" in parts:
         yield f"{title}: hidden matrices", matrices(roles["matrix"], split, machine, args.repeats, ranks)
     if "soap" in parts:
-        yield f"{title}: SOAP", soap(everything, split, machine, slow, ranks)
+        yield f"{title}: SOAP", soap(everything, split, args.max_dim, machine, slow, ranks)
     if "record30" in parts:
         yield f"{title}: record 30", record30(roles["matrix"], slow, ranks)
 

@@ -22,6 +22,8 @@ from tests.conftest import assert_same
 from tests.pairs import BASES, PAIRS, WRAPPERS, build_base, parameters, take_step, values
 
 pairs = pytest.mark.parametrize(("wrapper", "base"), PAIRS)
+KINDS = ("adamw", "muon_nanogpt", "soap", "record30")  # of bases, where Muon's kin do not differ
+kinds = pytest.mark.parametrize(("wrapper", "base"), [pair for pair in PAIRS if pair[1] in KINDS])
 MATRIX = [Muon, NorMuon, Aurora, SOAP, Record30]
 
 
@@ -44,7 +46,7 @@ def test_every_wrapper_of_every_base_is_an_optimizer(wrapper: str, base: str) ->
     assert all(p.grad is None for p in params)
 
 
-@pairs
+@kinds
 def test_copies_and_pickles_go_on_bit_for_bit(wrapper: str, base: str) -> None:
     params = parameters()
     optimizer = make(wrapper, base, params)
@@ -62,7 +64,7 @@ def test_copies_and_pickles_go_on_bit_for_bit(wrapper: str, base: str) -> None:
         assert_same(twin["optimizer"].state_dict(), optimizer.state_dict())
 
 
-@pairs
+@kinds
 def test_a_closure_gives_the_same_steps(wrapper: str, base: str) -> None:
     plain, closed = parameters(), parameters()
     one, other = make(wrapper, base, plain), make(wrapper, base, closed)
@@ -83,7 +85,7 @@ def test_a_closure_gives_the_same_steps(wrapper: str, base: str) -> None:
 
 
 @pytest.mark.parametrize("scheduled", ["wrapper", "base"])
-@pairs
+@kinds
 def test_torchs_schedulers_move_wrapper_and_base_alike(wrapper: str, base: str, scheduled: str) -> None:
     params, plain = parameters(), parameters()
     optimizer, by_hand = make(wrapper, base, params), make(wrapper, base, plain)
@@ -99,7 +101,7 @@ def test_torchs_schedulers_move_wrapper_and_base_alike(wrapper: str, base: str, 
     assert all(g["lr"] < lr for g, lr in zip(optimizer.param_groups, rates, strict=True))
 
 
-@pairs
+@kinds
 def test_a_gradient_scaler_skips_and_unscales(wrapper: str, base: str) -> None:
     scaled, plain = parameters(), parameters()
     one, other = make(wrapper, base, scaled), make(wrapper, base, plain)
@@ -124,18 +126,9 @@ def test_a_gradient_scaler_skips_and_unscales(wrapper: str, base: str) -> None:
 
 @pairs
 def test_frozen_and_unused_parameters_stay_where_they_are(wrapper: str, base: str) -> None:
+    before = values(parameters())
     params = parameters()
-    params[0].requires_grad_(False)  # frozen
-    optimizer = make(wrapper, base, params)
-    before = values(params)
-    for step in range(5):
-        take_step(optimizer, params, step)
-        params[0].grad = params[3].grad = None  # the fourth never gets a gradient
-        for p in params[:4:3]:
-            p.grad = None
-    # take_step gives every parameter a gradient: do it by hand for those that shall have none
-    params = parameters()
-    params[0].requires_grad_(False)
+    params[0].requires_grad_(False)  # frozen; the fourth never gets a gradient
     optimizer = make(wrapper, base, params)
     for _ in range(5):
         for p in (params[1], params[2], params[4]):
@@ -345,7 +338,7 @@ def test_a_parameter_put_in_anothers_place_is_trained(optimizer: Any) -> None:
     assert not torch.equal(new.detach(), old.detach())
 
 
-@pairs
+@kinds
 def test_a_closure_that_fails_leaves_everything_as_it_was(wrapper: str, base: str) -> None:
     params, plain = parameters(), parameters()
     optimizer, undisturbed = make(wrapper, base, params), make(wrapper, base, plain)
@@ -363,7 +356,7 @@ def test_a_closure_that_fails_leaves_everything_as_it_was(wrapper: str, base: st
     assert_same(optimizer.state_dict(), undisturbed.state_dict())
 
 
-@pairs
+@kinds
 def test_a_loaded_state_is_not_shared_with_what_was_loaded(wrapper: str, base: str) -> None:
     params, other = parameters(), parameters()
     optimizer, loaded = make(wrapper, base, params), make(wrapper, base, other)
