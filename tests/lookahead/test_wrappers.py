@@ -60,22 +60,24 @@ def test_leaving_a_position_restores_every_bit(name: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("base", sorted(BASES))
 @pytest.mark.parametrize(
-    "make",
+    ("make", "bit_for_bit"),
     [
-        lambda b: NALA(b, 0.0, 3),
-        lambda b: Lookahead(b, 1.0, 1),
-        lambda b: Lookahead(b, 1.0, 3),
-        lambda b: SNOO(b, 1.0, 0.0, 1),
-        lambda b: GPA(b, 0.0, 1.0),
+        (lambda b: NALA(b, 0.0, 3), True),
+        (lambda b: Lookahead(b, 1.0, 1), True),
+        (lambda b: Lookahead(b, 1.0, 3), True),
+        (lambda b: SNOO(b, 1.0, 0.0, 1), False),  # slow + (fast - slow) is fast up to rounding
+        (lambda b: GPA(b, 0.0, 1.0), False),
     ],
 )
-def test_what_must_reduce_to_the_base_does(base: str, make: Callable[[Optimizer], Optimizer]) -> None:
+def test_what_must_reduce_to_the_base_does(
+    base: str, make: Callable[[Optimizer], Optimizer], bit_for_bit: bool
+) -> None:
     wrapped, bare = parameters(), parameters()
     wrapper, alone = make(BASES[base](wrapped)), BASES[base](bare)
     for step in range(8):
         take_step(wrapper, wrapped, step)
         take_step(alone, bare, step)
-        close(wrapped, bare)
+        (assert_same if bit_for_bit else close)(values(wrapped), values(bare))
 
 
 @settings(max_examples=25, deadline=None)
@@ -96,7 +98,7 @@ def test_nala_with_k_1_is_nesterov(base: str) -> None:
     for step in range(8):
         take_step(nala, a, step)
         take_step(nesterov, b, step)
-        close(a, b)
+        assert_same(values(a), values(b))
 
 
 def test_nala_looks_ahead_at_every_kth_step_along_k_steps() -> None:
