@@ -120,7 +120,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def _check_keys(cfg: DictConfig, prefix: str) -> None:
-    """A key added with + escapes Hydra's own check."""
+    """A key added with + escapes Hydra's own check, and a number that is none its types."""
     schema = OmegaConf.get_type(cfg)
     for key in map(str, cfg):
         if is_dataclass(schema) and "_target_" not in cfg:
@@ -128,8 +128,12 @@ def _check_keys(cfg: DictConfig, prefix: str) -> None:
             if key not in known:
                 near = get_close_matches(key, known, n=1)
                 raise ConfigError(f"unknown key {prefix}{key}" + (f"; did you mean {prefix}{near[0]}?" if near else ""))
-        if not OmegaConf.is_missing(cfg, key) and isinstance(cfg[key], DictConfig):
+        if OmegaConf.is_missing(cfg, key):
+            continue
+        if isinstance(cfg[key], DictConfig):
             _check_keys(cfg[key], f"{prefix}{key}.")
+        elif isinstance(cfg[key], float):
+            _require(math.isfinite(cfg[key]), f"{prefix}{key}", cfg[key], "a finite number")
 
 
 def _check_model(cfg: DictConfig) -> None:
@@ -210,6 +214,9 @@ def _check_schedule(cfg: DictConfig) -> None:
     if s.decay == "power":
         for key in ("warmup_steps", "min_ratio"):
             _require(not s[key], f"schedule.{key}", s[key], "left out when schedule.decay=power")
+        for key in ("decay_steps", "matrix_decay_steps", "exponent"):
+            _require(s[key] is None or s[key] > 0, f"schedule.{key}", s[key], "above 0")
+        _require(s.extra_steps >= 0, "schedule.extra_steps", s.extra_steps, "at least 0")
     else:
         for key in ("extra_steps", "matrix_decay_steps"):
             _require(not s[key], f"schedule.{key}", s[key], "left out unless schedule.decay=power")

@@ -54,7 +54,8 @@ def power(total_steps: int, decay_steps: float, exponent: float = 1.2, extra_ste
     Raises ValueError when decay_steps or exponent is not above 0, or extra_steps below 0.
     """
     if decay_steps <= 0 or exponent <= 0 or extra_steps < 0:
-        raise ValueError(f"power needs decay_steps and exponent above 0, got {decay_steps} and {exponent}")
+        got = f"{decay_steps}, {exponent} and {extra_steps}"
+        raise ValueError(f"decay_steps and exponent must be above 0 and extra_steps at least 0, got {got}")
 
     return partial(_power, total_steps + extra_steps, decay_steps, exponent)
 
