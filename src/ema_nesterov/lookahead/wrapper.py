@@ -12,7 +12,6 @@ happens to the anchor and the parameters around the base optimizer's step.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim.match import require_match
+from ..optim.match import load_own, require_match
 
 Alpha = float | Callable[[int], float]
 
@@ -265,8 +264,7 @@ class Wrapper(Optimizer):
             for i, (tensor, p) in enumerate(zip(tensors, parameters, strict=False)):
                 if tensor.shape != p.shape:
                     raise ValueError(f"{name}[{i}] is {tuple(tensor.shape)}, its parameter is {tuple(p.shape)}")
-        # torch's own optimizers would step what they are given
-        self.base.load_state_dict(copy.deepcopy(state_dict["base"]))
+        load_own(self.base, state_dict["base"])
         self._now.steps = state_dict["steps"]
         self._now.alpha_t = state_dict["alpha_t"]
         self._now.position = state_dict["position"]

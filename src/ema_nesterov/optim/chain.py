@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from .match import require_match
+from .match import load_own, require_match
 
 
 class Chain(Optimizer):
@@ -61,7 +60,7 @@ class Chain(Optimizer):
         for optimizer, saved_type, state in zip(self.optimizers, state_dict["types"], states, strict=True):
             require_match(optimizer, saved_type, state)
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(copy.deepcopy(state))  # torch's own would step what it is given
+            load_own(optimizer, state)
         self._share_groups()
 
     def _share_groups(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -33,3 +34,9 @@ def require_match(optimizer: Optimizer, saved_type: str | None, state: dict[str,
             if isinstance(tensor, Tensor) and tensor.shape != params[i].shape:
                 shapes = f"{tuple(tensor.shape)}, the parameter is {tuple(params[i].shape)}"
                 raise ValueError(f"{name}: {key} of parameter {i} is {shapes}")
+
+
+def load_own(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load a state that stays the caller's: torch's own optimizers would step the very tensors they are given."""
+    is_torchs = type(optimizer).load_state_dict is Optimizer.load_state_dict
+    optimizer.load_state_dict(copy.deepcopy(state) if is_torchs else state)
