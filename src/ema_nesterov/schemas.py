@@ -58,18 +58,57 @@ class LlamaConfig(ModelConfig):
 
 @dataclass
 class DatasetConfig:
+    """Prepared shards, and how they are prepared."""
+
     name: str = MISSING
-    path: str = MISSING  # folder of shards: *_train_*.bin and *_val_*.bin
-    vocab_size: int = MISSING  # of the tokenizer; the model's must be at least as large
-    tokenizer: str = MISSING
+    path: str = MISSING  # folder of shards: *_train_*.bin and *_val_*.bin; where `output` is given, of text
+    output: str | None = None  # folder of the shards that are made of the text in `path`
+    tokenizer: str | None = (
+        None  # tiktoken encoding, t5, tokenizer.json or *.model; null: what the shards' manifest says
+    )
+    vocab_size: int | None = None  # of the tokenizer; the model's must be at least as large
     layout: str = "stream"  # stream: windows of seq_len over documents end to end; rows: one document a row
     row_len: int | None = None  # rows only: tokens of a row
     pad_id: int | None = None  # rows only: targets of this id do not count
-    val_tokens: int = MISSING  # the first of the validation shards, the same for every run
-    probe_tokens: int = MISSING  # the first of them that the probe uses
-    shuffle: bool = False  # permute the windows of each epoch by the seed
+    val_tokens: int | None = None  # validation targets, the first of the shards; null: all, 10,485,760 at most
+    probe_tokens: int = MISSING  # the first of them, or all, that the probe uses
+    shuffle: bool = False  # the shards, and the windows in each, anew each epoch, by the seed
+    order: str = "windows"  # windows | nanogpt_124m | nanogpt_162m: what the authors' two loaders read
     max_epochs: int = 1  # passes over the training tokens before the data has run out
-    prepare: str | None = None  # how train.py makes the folder when it is missing
+    # how scripts/prepare_data.py makes the folder
+    prepare: str | None = None  # sample | shards | text | packaged
+    hub: str | None = None  # dataset repository of the Hugging Face hub
+    files: str | None = None  # which of its files hold the text; of a folder: by their names (null: all it can read)
+    val_files: str | None = None  # files held out for validation; without any:
+    val_every: int | None = None  # documents 0, val_every, 2 val_every, ... are held out; null: the first shard
+    text_key: str = "text"  # column of the text in JSON and parquet
+    shard_tokens: int = 100_000_000
+    shards: int | None = None  # training shards to bring or to make; null: all
+    sources: list[str] | None = None  # packaged only: which packages; null: all
+    processes: int | None = None  # that tokenise; null: one a core
+
+
+@dataclass
+class StreamConfig:
+    """Rows tokenised while training: one document each, out of a shuffle buffer."""
+
+    name: str = MISSING
+    path: str | None = None  # folder of the files of text; null: the hub
+    output: str = MISSING  # folder of the validation shards, prepared when it is missing
+    tokenizer: str = MISSING
+    vocab_size: int | None = None
+    layout: str = "rows"
+    row_len: int = MISSING
+    pad_id: int = MISSING
+    hub: str | None = None
+    files: str = MISSING
+    val_files: str = MISSING
+    text_key: str = "text"
+    buffer: int = 100_000  # documents that are shuffled among each other
+    val_tokens: int = MISSING  # validation targets
+    probe_tokens: int = MISSING
+    max_epochs: int = 1
+    processes: int | None = None  # that tokenise, for each rank; null: what the cores give
 
 
 # --- optimizers -----------------------------------------------------------------------------------
@@ -280,6 +319,7 @@ SCHEMAS = {
     "nanogpt_162m": NanoGPT162MConfig,
     "llama": LlamaConfig,
     "token_shards": DatasetConfig,
+    "text_stream": StreamConfig,
     "adamw": AdamWConfig,
     "muon": MuonConfig,
     "normuon": NorMuonConfig,

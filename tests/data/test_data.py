@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,9 @@ import pytest
 import torch
 
 from ema_nesterov.data.loader import MicroBatch, TokenDataset, prefetch
-from ema_nesterov.data.sample import _documents, prepare_sample
-from ema_nesterov.data.shards import Windows, open_shard, write_shard
+from ema_nesterov.data.manifest import load_manifest
+from ema_nesterov.data.preparation.sample import _documents, prepare_sample
+from ema_nesterov.data.shards import open_shard, write_shard
 from ema_nesterov.data.tokenizers import load_tokenizer
 from ema_nesterov.errors import DataError
 from tests.conftest import composed
@@ -33,9 +33,13 @@ def dataset(folder: Path, *overrides: str, seed: int = 0) -> TokenDataset:
     return TokenDataset(cfg, 4096, 10, seed)
 
 
-def global_batch(data: TokenDataset, step: int, ranks: int, micro: int) -> MicroBatch:
-    parts = [b for rank in range(ranks) for b in data.batch(step, 12, rank, ranks, micro)]
+def read(data: TokenDataset, step: int, ranks: int, batch: int, micro: int) -> MicroBatch:
+    parts = [b for rank in range(ranks) for b in data.batch(step, batch, rank, ranks, micro)]
     return MicroBatch(*(torch.cat(t) for t in zip(*parts, strict=True)))
+
+
+def global_batch(data: TokenDataset, step: int, ranks: int, micro: int) -> MicroBatch:
+    return read(data, step, ranks, 12, micro)
 
 
 def test_a_shard_has_the_public_format(tmp_path: Path) -> None:
@@ -45,20 +49,26 @@ def test_a_shard_has_the_public_format(tmp_path: Path) -> None:
     assert open_shard(path).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_windows_cover_every_shard_and_targets_are_the_next_tokens(tmp_path: Path) -> None:
-    windows = Windows(shards(tmp_path, 25, 31), seq_len=10)
-    assert len(windows) == 2 + 3
-    inputs, targets = windows.read(np.arange(5), 4096)
-    assert inputs[:, 0].tolist() == [0, 10, 25, 35, 45]
-    assert (targets == inputs + 1).all()
+def test_windows_cover_all_shards_end_to_end_and_targets_are_the_next_tokens(tmp_path: Path) -> None:
+    shards(tmp_path, 25, 31, 7)
+    shards(tmp_path, 200, split="val")
+    data = dataset(tmp_path, "dataset.shuffle=false")
+    (batch,) = data.batch(0, 6, 0, 1, 6)
+    assert batch.inputs.flatten().tolist() == list(range(60))  # 63 tokens: nothing is dropped at a shard's end
+    assert (batch.targets == batch.inputs + 1).all()
+    data.require(steps=1, batch_size=6, micro_batch_size=6, ranks=1)
 
 
 def test_rows_are_whole_documents_and_padding_is_no_target(tmp_path: Path) -> None:
-    path = tmp_path / "c4_train_000000.bin"
-    write_shard(path, np.array([7, 8, 1, 0, 0, 5, 6, 7, 8, 1]))
-    inputs, targets = Windows([path], seq_len=5, layout="rows", pad_id=0).read(np.arange(2), 100)
-    assert inputs.tolist() == [[7, 8, 1, 0, 0], [5, 6, 7, 8, 1]]
-    assert targets.tolist() == [[8, 1, -100, -100, -100], [6, 7, 8, 1, -100]]
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"c4_{split}_000000.bin", np.array([7, 8, 1, 0, 0, 5, 6, 7, 8, 1]))
+    keys = [f"dataset.path={tmp_path}", "dataset.row_len=5", "dataset.val_tokens=6", "dataset.probe_tokens=2"]
+    data = TokenDataset(composed("dataset=c4", *keys, "dataset.vocab_size=9").dataset, 100, 5, 0)
+    (batch,) = data.batch(0, 2, 0, 1, 2)
+    assert batch.inputs.tolist() == [[7, 8, 1, 0, 0], [5, 6, 7, 8, 1]]
+    assert batch.targets.tolist() == [[8, 1, -100, -100, -100], [6, 7, 8, 1, -100]]
+    assert [len(b.inputs) for b in data.validation(6, 0, 1, 4)] == [2]  # val_tokens counts targets, not padding
+    assert [len(b.inputs) for b in data.validation(2, 0, 1, 4)] == [1]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -73,9 +83,9 @@ def test_the_order_is_the_same_for_every_number_of_ranks(tmp_path: Path, shuffle
 
 def test_an_epoch_reads_every_example_once_and_the_next_in_another_order(tmp_path: Path) -> None:
     data = dataset(tmp_path, "dataset.shuffle=true")
-    assert len(data.train) == 48  # 4 steps of 12 examples
-    epochs = [torch.cat([global_batch(data, 4 * e + s, 1, 12).inputs[:, 0] for s in range(4)]) for e in range(2)]
-    assert epochs[0].unique().numel() == 48
+    assert data.windows.count == 49  # 7 steps of 7 examples
+    epochs = [torch.cat([read(data, 7 * e + s, 1, 7, 7).inputs[:, 0] for s in range(7)]) for e in range(2)]
+    assert epochs[0].unique().numel() == 49
     assert torch.equal(epochs[0].sort().values, epochs[1].sort().values)
     assert not torch.equal(epochs[0], epochs[1])
     other_seed = dataset(tmp_path, "dataset.shuffle=true", seed=1)
@@ -107,9 +117,9 @@ def test_prefetching_changes_nothing(threads: int) -> None:
 
 def test_running_out_of_data_is_said_before_training(tmp_path: Path) -> None:
     data = dataset(tmp_path, "dataset.max_epochs=2")
-    data.require(steps=8, batch_size=12)
+    data.require(8, 12, 12, 1)
     with pytest.raises(DataError, match=r"needs 1080 training tokens.*type steps=8 or dataset.max_epochs=3"):
-        data.require(steps=9, batch_size=12)
+        data.require(9, 12, 12, 1)
 
 
 def cut(path: Path) -> None:
@@ -133,7 +143,7 @@ def wrong_version(path: Path) -> None:
         (wrong_magic, "not a token shard"),
         (wrong_version, "version 7"),
         (lambda path: path.write_bytes(b""), "not a token shard"),
-        (lambda path: write_shard(path, np.arange(3)), "fewer than one example"),
+        (lambda path: write_shard(path, np.arange(3)), "fewer than seq_len=10"),
         (lambda path: write_shard(path, np.full(50, 5000)), "token 5000 .* beyond the model's vocabulary of 4096"),
         (lambda path: path.unlink(), "no shards"),
     ],
@@ -147,38 +157,29 @@ def test_a_damaged_shard_is_named_in_one_line(tmp_path: Path, damage, message: s
     assert "\n" not in str(error.value)
 
 
-def test_a_token_beyond_the_vocabulary_in_a_later_shard_is_found_when_read(tmp_path: Path) -> None:
-    shards(tmp_path, 100, 100)
-    shards(tmp_path, 200, split="val")
-    write_shard(tmp_path / "x_train_000001.bin", np.full(100, 5000))
-    data = dataset(tmp_path, "dataset.shuffle=false")
-    data.batch(0, 8, 0, 1, 8)
-    with pytest.raises(DataError, match="token 5000"):
-        data.batch(1, 8, 0, 1, 8)
-
-
 def test_the_sample_is_split_by_document_and_decodes_to_its_text(sample: Path) -> None:
     from tokenizers import Tokenizer
 
     texts = _documents()
     assert len(texts) == 249
     assert not set(texts[::20]) & {t for i, t in enumerate(texts) if i % 20}
-    manifest = json.loads((sample / "manifest.json").read_text())
     val = open_shard(sample / "sample_val_000000.bin")
     starts = np.flatnonzero(val == 0)  # end-of-text leads each document
     assert len(starts) == len(texts[::20])
     decoded = Tokenizer.from_file(str(sample / "tokenizer.json")).decode(val[starts[1] + 1 : starts[2]].tolist())
     assert decoded == texts[20]
-    assert sum(manifest["token_bytes"][t] for t in val) == sum(len(t.encode()) for t in texts[::20])
-    assert len(manifest["token_bytes"]) == manifest["vocab_size"] == 4096
+    manifest, lengths = load_manifest(sample), np.load(sample / "token_bytes.npy")
+    assert manifest is not None
+    assert lengths[val].sum() == sum(len(t.encode()) for t in texts[::20])
+    assert len(lengths) == manifest.tokenizer["vocab_size"] == 4096
 
 
 def test_bytes_per_token_count_the_text_of_the_targets_alone(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_shard(tmp_path / f"c4_{split}_000000.bin", np.array([2, 3, 4, 1, 0, 3, 3, 1, 0, 0]))
-    manifest = {"tokenizer": "t5", "token_bytes": [0, 0, 1, 2, 6]}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    overrides = ["dataset=c4", f"dataset.path={tmp_path}", "dataset.val_tokens=10", "dataset.row_len=5"]
+    np.save(tmp_path / "token_bytes.npy", np.array([0, 0, 1, 2, 6]))
+    overrides = ["dataset=c4", f"dataset.path={tmp_path}", "dataset.val_tokens=5", "dataset.row_len=5"]
+    overrides += ["dataset.probe_tokens=5", "dataset.vocab_size=9"]
     data = TokenDataset(composed(*overrides).dataset, 100, 5, 0)
     assert data.bytes_per_token() == (2 + 6 + 0 + 2 + 0) / 5  # targets 3 4 1 and 3 1
 

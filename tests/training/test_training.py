@@ -144,7 +144,7 @@ def test_padded_rows_weigh_by_their_targets_however_they_fall_into_micro_batches
     for split, part in (("train", rows[:150]), ("val", rows[150:])):
         write_shard(tmp_path / f"c4_{split}_000000.bin", part.ravel())
     overrides = [*TINY, "dataset=c4", f"dataset.path={tmp_path}", "dataset.row_len=32", "dataset.vocab_size=100"]
-    overrides += ["dataset.val_tokens=1024", "dataset.probe_tokens=256"]
+    overrides += ["dataset.val_tokens=500", "dataset.probe_tokens=256"]
     whole, parts = [], []
     for micro, lines in ((12, whole), (1, parts)):
         runs = tmp_path / f"runs{micro}"
@@ -285,7 +285,7 @@ def test_ranks_that_find_no_data_prepare_it_once(tmp_path: Path) -> None:
     done = train_process(*TINY, "steps=5", f"runs_dir={tmp_path / 'runs'}", f"dataset.path={path}", ranks=2)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in path.iterdir()} == {
-        *("manifest.json", "tokenizer.json", "sample_train_000000.bin", "sample_val_000000.bin")
+        *("manifest.json", "tokenizer.json", "token_bytes.npy", "sample_train_000000.bin", "sample_val_000000.bin")
     }
 
 

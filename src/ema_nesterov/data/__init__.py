@@ -1,1 +1,1 @@
-"""Token shards, the batches that are read from them, and the embedded text."""
+"""Token shards and streams of text, and the batches that are read from them."""

@@ -6,7 +6,6 @@ slice of them and cuts it into micro-batches. Nothing has to be saved to resume:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..errors import DataError
-from .shards import Windows, find_shards
+from . import order
+from .manifest import adopt, load_token_bytes, require_fit
+from .preparation.recipes import shards_folder
+from .reader import Tokens
+
+VAL_TOKENS = 10_485_760  # of a large validation split, where nothing else is said
+SOON = 32  # steps ahead, when the checksum of a shard is begun
 
 
 class MicroBatch(NamedTuple):
@@ -29,88 +34,177 @@ class MicroBatch(NamedTuple):
 class TokenDataset:
     """A folder of shards as training batches and a fixed validation set.
 
-    Raises DataError when the folder, a shard or the number of tokens does not do for the run.
+    Raises DataError when the folder, its manifest, a shard or the number of tokens does not do for the run.
     """
 
     def __init__(self, cfg: DictConfig, vocab_size: int, seq_len: int, seed: int):
-        self.cfg, self.vocab_size, self.seq_len, self.seed = cfg, vocab_size, seq_len, seed
-        folder = Path(cfg.path)
-        self.train = Windows(find_shards(folder, "train"), seq_len, cfg.layout, cfg.pad_id)
-        self.val = Windows(find_shards(folder, "val"), seq_len, cfg.layout, cfg.pad_id)
-        self.manifest = self._read_manifest(folder / "manifest.json")
-        self._epoch: tuple[int, np.ndarray] | None = None
-        for windows in (self.train, self.val):
-            windows.require_below(vocab_size)
-        if cfg.val_tokens > len(self.val) * seq_len:
-            raise DataError(
-                f"dataset.val_tokens={cfg.val_tokens}, but {folder} holds {len(self.val) * seq_len} validation tokens "
-                f"in whole examples; type dataset.val_tokens={len(self.val) * seq_len}"
-            )
+        self.cfg, self.seq_len, self.reading = cfg, seq_len, [0, 0]
+        self.folder = shards_folder(cfg)
+        self.manifest = adopt(self.folder, cfg)
+        require_fit(self.folder, self.manifest, cfg, vocab_size, seq_len)
+        shards = self.manifest.of("train")
+        self.train = Tokens(self.folder, shards, vocab_size)
+        self.sizes = [s.tokens for s in shards]
+        spare = int(cfg.layout == "stream")
+        self.windows = order.Windows(self.sizes, seq_len, spare, seed if cfg.shuffle else None)
+        self.val = Validation(self.folder, cfg, vocab_size, seq_len)
+        if self.windows.count < 1:
+            raise DataError(f"{self.folder} holds {sum(self.sizes)} training tokens, fewer than seq_len={seq_len}")
 
-    def require(self, steps: int, batch_size: int) -> None:
+    def require(self, steps: int, batch_size: int, micro_batch_size: int, ranks: int) -> None:
         """Raise DataError when the run needs more tokens than max_epochs passes hold."""
-        need, have = steps * batch_size, len(self.train) * self.cfg.max_epochs
-        if need > have:
-            epochs = -(-need // len(self.train))
-            tokens = len(self.train) * self.seq_len
-            raise DataError(
-                f"the run needs {need * self.seq_len} training tokens, {self.cfg.path} holds {tokens} "
-                f"x dataset.max_epochs={self.cfg.max_epochs}; "
-                f"type steps={have // batch_size} or dataset.max_epochs={epochs}"
-            )
-
-    def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes of text per target of the validation set, where a manifest tells the tokens' bytes."""
-        if "token_bytes" not in self.manifest:
-            return None
-        lengths = torch.tensor(self.manifest["token_bytes"])
-        targets = torch.cat([t.flatten() for _, t in self.validation(self.cfg.val_tokens, 0, 1, 64)])
-        targets = targets[targets != -100]
-        return lengths[targets].sum().item() / targets.numel()
+        if self.cfg.order == "nanogpt_124m":  # what is read depends on them
+            self.reading = [ranks, micro_batch_size]
+        epoch = self._steps_of_an_epoch(batch_size, micro_batch_size, ranks)
+        if steps <= int(epoch * self.cfg.max_epochs):
+            return
+        shards = ""
+        if (self.cfg.prepare in ("shards", "text") and self.cfg.shards is not None) or self.manifest.cursor is not None:
+            shards = ", or bring more with scripts/prepare_data.py dataset.shards=N"
+        raise DataError(
+            f"the run needs {steps * batch_size * self.seq_len} training tokens, {self.folder} holds {sum(self.sizes)} "
+            f"x dataset.max_epochs={self.cfg.max_epochs}; type steps={int(epoch * self.cfg.max_epochs)} or "
+            f"dataset.max_epochs={int(-(-steps // epoch))}{shards}"
+        )
 
     def batch(self, step: int, batch_size: int, rank: int, ranks: int, micro_batch_size: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch of a step (counted from 0)."""
-        share = batch_size // ranks
-        first = step * batch_size + rank * share
-        return self._read(self.train, self._order(np.arange(first, first + share)), micro_batch_size)
+        self.train.expect(int(self._starts(step + SOON, batch_size, rank, ranks, micro_batch_size)[-1]))
+        starts = self._starts(step, batch_size, rank, ranks, micro_batch_size)
+        return list(micro_batches(self.train, starts, self.cfg, self.seq_len, micro_batch_size))
 
-    def validation(self, tokens: int, rank: int, ranks: int, micro_batch_size: int) -> Iterator[MicroBatch]:
-        """This rank's share of the first `tokens` validation tokens (in whole examples)."""
-        mine = np.arange(rank, tokens // self.seq_len, ranks)
-        for start in range(0, len(mine), micro_batch_size):
-            yield from self._read(self.val, mine[start : start + micro_batch_size], micro_batch_size)
+    def validation(self, tokens: int | None, rank: int, ranks: int, micro_batch_size: int) -> Iterator[MicroBatch]:
+        """This rank's share of the first validation examples that hold `tokens` targets."""
+        return self.val.batches(tokens, rank, ranks, micro_batch_size)
 
-    def _read_manifest(self, path: Path) -> dict[str, Any]:
-        manifest = json.loads(path.read_text()) if path.exists() else {}
-        if manifest.get("tokenizer", self.cfg.tokenizer) != self.cfg.tokenizer:
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of text per target of the validation set, where the tokens spell out their text."""
+        return self.val.bytes_per_token()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: which data these are, for `resume`."""
+        return {"fingerprint": self.manifest.fingerprint(), "reading": self.reading}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Raise DataError when a run that began with other data would go on with these."""
+        if state["fingerprint"] != self.manifest.fingerprint():
             raise DataError(
-                f"{path.parent} holds tokens of {manifest['tokenizer']}, dataset {self.cfg.name} is of "
-                f"{self.cfg.tokenizer}; type dataset.path=FOLDER"
+                f"{self.folder} does not hold the data that this run began with; put them back, or type another seed "
+                "or runs_dir to begin anew"
             )
-        return manifest
+        if state["reading"] != self.reading:
+            ranks, micro_batch_size = state["reading"]
+            raise DataError(
+                f"dataset.order=nanogpt_124m reads by ranks and micro-batches: go on with the {ranks} ranks and "
+                f"micro_batch_size={micro_batch_size} that this run began with"
+            )
 
-    def _order(self, positions: np.ndarray) -> np.ndarray:
-        """The examples at these positions of the global order: epoch after epoch, each permuted by the seed."""
-        epochs, indices = np.divmod(positions, len(self.train))
-        if not self.cfg.shuffle:
-            return indices
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            indices[here] = self._permutation(int(epoch))[indices[here]]
-        return indices
+    def _starts(self, step: int, batch_size: int, rank: int, ranks: int, micro_batch_size: int) -> np.ndarray:
+        share, kind = batch_size // ranks, self.cfg.order
+        if kind == "nanogpt_124m":
+            micro_steps = share // micro_batch_size
+            fetches = range(step * micro_steps, (step + 1) * micro_steps)
+            place = (self.sizes, self.seq_len, micro_batch_size, rank, ranks)
+            return np.concatenate([order.nanogpt_124m(*place, fetch) for fetch in fetches])
+        mine = slice(rank * share, (rank + 1) * share)
+        if kind == "nanogpt_162m":
+            return order.nanogpt_162m(self.sizes, self.seq_len, batch_size, step)[mine]
+        return self.windows.starts(step * batch_size + np.arange(batch_size)[mine])
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._epoch is None or self._epoch[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._epoch = (epoch, generator.permutation(len(self.train)))
-        return self._epoch[1]
+    def _steps_of_an_epoch(self, batch_size: int, micro_batch_size: int, ranks: int) -> float:
+        """Raises DataError where a shard does not hold what the authors' loaders read at a time."""
+        if self.cfg.order == "windows":
+            return self.windows.count / batch_size
+        tokens = batch_size * self.seq_len
+        if self.cfg.order == "nanogpt_124m":
+            tokens = micro_batch_size * ranks * self.seq_len
+        if min(self.sizes) <= tokens + 1:
+            raise DataError(
+                f"dataset.order={self.cfg.order} reads {tokens} tokens of a shard at a time, {self.folder} has a shard "
+                f"of {min(self.sizes)}; type dataset.order=windows"
+            )
+        if self.cfg.order == "nanogpt_162m":
+            return float(order.nanogpt_162m_counts(self.sizes, self.seq_len, batch_size).sum())
+        counts = [order.nanogpt_124m_counts(self.sizes, self.seq_len, micro_batch_size, r, ranks) for r in range(ranks)]
+        return (min(c.sum() for c in counts) + 1) / (batch_size // ranks // micro_batch_size)  # the first is read twice
 
-    def _read(self, windows: Windows, indices: np.ndarray, micro_batch_size: int) -> list[MicroBatch]:
-        inputs, targets = (torch.from_numpy(a) for a in windows.read(indices, self.vocab_size))
-        return [
-            MicroBatch(i, t)
-            for i, t in zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True)
-        ]
+
+class Validation:
+    """The validation shards of a folder: always its first examples, in order.
+
+    Raises DataError when they hold fewer targets than dataset.val_tokens.
+    """
+
+    def __init__(self, folder: Path, cfg: DictConfig, vocab_size: int, seq_len: int):
+        manifest = adopt(folder, cfg)
+        self.cfg, self.folder, self.seq_len = cfg, folder, seq_len
+        self.tokens = Tokens(folder, manifest.of("val"), vocab_size)
+        self.count = (len(self.tokens) - int(cfg.layout == "stream")) // seq_len
+        self.ends = self._targets()  # targets in the first 1, 2, ... examples, as far as any evaluation reads
+        held = int(self.ends[-1]) if len(self.ends) else 0
+        if held < (cfg.val_tokens or 1):
+            raise DataError(
+                f"dataset.val_tokens={cfg.val_tokens}, but {folder} holds {held} validation targets in whole examples; "
+                f"type dataset.val_tokens={held}"
+            )
+
+    def batches(self, tokens: int | None, rank: int, ranks: int, micro_batch_size: int) -> Iterator[MicroBatch]:
+        """A rank's share of the first examples that hold `tokens` targets (None: those of dataset.val_tokens)."""
+        mine = np.arange(rank, self.examples(tokens), ranks)
+        for start in range(0, len(mine), micro_batch_size):
+            starts = mine[start : start + micro_batch_size] * self.seq_len
+            yield from micro_batches(self.tokens, starts, self.cfg, self.seq_len, micro_batch_size)
+
+    def examples(self, tokens: int | None) -> int:
+        """All where there are fewer."""
+        if tokens is None:
+            return len(self.ends)
+        whole = tokens // self.seq_len if self.cfg.layout == "stream" else int(np.searchsorted(self.ends, tokens)) + 1
+        return min(whole, len(self.ends))
+
+    def bytes_per_token(self) -> float | None:
+        lengths = load_token_bytes(self.folder)
+        if lengths is None:
+            return None
+        total = count = 0
+        for _, targets in self.batches(self.cfg.val_tokens, 0, 1, 64):
+            held = targets[targets != -100].numpy()
+            total, count = total + int(lengths[held].sum()), count + held.size
+        return total / count
+
+    def _targets(self) -> np.ndarray:
+        most = VAL_TOKENS if self.cfg.val_tokens is None else max(self.cfg.val_tokens, self.cfg.probe_tokens)
+        if self.cfg.layout == "stream":
+            return np.arange(1, min(self.count, max(1, most // self.seq_len)) + 1) * self.seq_len
+        ends: list[int] = []
+        for first in range(0, self.count, 1024):
+            starts = np.arange(first, min(first + 1024, self.count)) * self.seq_len
+            counts = (self.tokens.read(starts, self.seq_len)[:, 1:] != self.cfg.pad_id).sum(axis=1)
+            ends += (np.cumsum(counts) + (ends[-1] if ends else 0)).tolist()
+            if ends[-1] >= most:
+                break
+        return np.array(ends[: int(np.searchsorted(ends, most)) + 1])
+
+
+def micro_batches(
+    tokens: Tokens, starts: np.ndarray, cfg: DictConfig, seq_len: int, micro_batch_size: int
+) -> Iterator[MicroBatch]:
+    """The examples that begin at these positions."""
+    stream = cfg.layout == "stream"
+    rows = tokens.read(starts, seq_len + stream)
+    return to_micro_batches(rows, None if stream else cfg.pad_id, micro_batch_size)
+
+
+def to_micro_batches(rows: np.ndarray, pad_id: int | None, micro_batch_size: int) -> Iterator[MicroBatch]:
+    """rows: seq_len + 1 tokens each, or, with pad_id, seq_len, whose last target, and every one that is pad_id, is
+    -100."""
+    wide = torch.from_numpy(rows.astype(np.int64))
+    if pad_id is None:
+        inputs, targets = wide[:, :-1].contiguous(), wide[:, 1:].contiguous()
+    else:
+        inputs, targets = wide, torch.full_like(wide, -100)
+        targets[:, :-1] = torch.where(wide[:, 1:] == pad_id, -100, wide[:, 1:])
+    return map(MicroBatch, inputs.split(micro_batch_size), targets.split(micro_batch_size))
 
 
 def prefetch(

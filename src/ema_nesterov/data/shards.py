@@ -1,57 +1,86 @@
 """Token shards: the public FineWeb format, read through memory maps.
 
 A shard is `<name>_train_<index>.bin` or `<name>_val_<index>.bin`: a header of 256 little-endian int32
-(magic 20240520, version 1, number of tokens, zeros), then the tokens as uint16.
+(magic, version, number of tokens, zeros), then the tokens. Magic 20240520, version 1: uint16. Magic
+20240801, version 7: uint32, for vocabularies beyond 65,536, as llm.c writes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+HEADER_BYTES = 1024
+# magic: version, type of a token
+FORMATS: dict[int, tuple[int, np.dtype[Any]]] = {
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write tokens (any integer dtype, values below 65,536) as one shard."""
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= 2**16):
-        raise DataError(f"{path}: a shard holds tokens below 65536, got {tokens.min()} to {tokens.max()}")
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, tokens.size
-    with open(path, "wb") as f:
-        f.write(header.tobytes())
-        f.write(tokens.astype("<u2").tobytes())
+def write_shard(path: Path, tokens: np.ndarray, vocab_size: int = 2**16) -> str:
+    """Write tokens (any integer dtype, values below vocab_size) as one shard; returns its SHA-256.
 
-
-def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard as a read-only memory map (uint16).
-
-    Raises DataError when the header or the file's size is wrong.
+    The file is complete or absent. Raises DataError for a token that is not below vocab_size.
     """
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        raise DataError(f"{path}: tokens must be below {vocab_size}, got {tokens.min()} to {tokens.max()}")
+    magic, (version, dtype) = list(FORMATS.items())[vocab_size > 2**16]
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, tokens.size
+    content = np.ascontiguousarray(tokens, dtype=dtype)
+    aside = path.with_name(f".{path.name}.writing")
+    with open(aside, "wb") as f:
+        f.write(header.data)
+        f.write(content.data)
+        f.flush()
+        os.fsync(f.fileno())
+    aside.rename(path)
+    digest = hashlib.sha256(header.data)
+    digest.update(content.data)
+    return digest.hexdigest()
+
+
+def read_header(path: Path) -> tuple[int, np.dtype]:
+    """The number of tokens of a shard and their type. Raises DataError when header or size is wrong."""
     try:
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=3)
     except OSError as e:
-        raise DataError(f"cannot read shard {path}: {e.strerror}") from None
-    if len(header) < 3 or header[0] != MAGIC:
-        raise DataError(f"{path} is not a token shard (no magic number {MAGIC}); delete it or prepare the data again")
-    if header[1] != VERSION:
-        raise DataError(f"{path} has shard version {header[1]}, this code reads {VERSION}; prepare the data again")
+        raise DataError(f"cannot read shard {path}: {e.strerror}; fetch or prepare it again") from None
+    if len(header) < 3 or int(header[0]) not in FORMATS:
+        raise DataError(f"{path} is not a token shard (no magic number); delete it, then fetch or prepare it again")
+    version, dtype = FORMATS[int(header[0])]
+    if header[1] != version:
+        raise DataError(f"{path} has shard version {header[1]}, this code reads {version}; prepare the data again")
     tokens = int(header[2])
-    if size != HEADER_BYTES + 2 * tokens:
+    if size != HEADER_BYTES + dtype.itemsize * tokens:
         raise DataError(
-            f"{path} is cut short or damaged: its header says {tokens} tokens, its size {(size - HEADER_BYTES) / 2:g}; "
-            "fetch or prepare it again"
+            f"{path} is cut short or damaged: its header says {tokens} tokens, its size "
+            f"{(size - HEADER_BYTES) / dtype.itemsize:g}; delete it, then fetch or prepare it again"
         )
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+    return tokens, dtype
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard as a read-only memory map (uint16 or uint32).
+
+    Raises DataError when the header or the file's size is wrong.
+    """
+    tokens, dtype = read_header(path)
+    if tokens == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(tokens,))
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split ("train" or "val") in the order of their names."""
+    """The shards of a split ("train" or "val") in the order of their names; raises DataError when there are none."""
     if not folder.is_dir():
         raise DataError(
             f"dataset folder {folder} does not exist; type dataset.path=FOLDER, or fetch the data (data/README.md)"
@@ -62,59 +91,10 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     return paths
 
 
-class Windows:
-    """Fixed-length training examples over a list of shards, numbered 0 to len - 1.
-
-    stream: example i of a shard is tokens [i T, i T + T], so that consecutive examples share one token
-    and every token but a shard's first is a target once. rows: tokens [i T, i T + T), a row each, whose
-    last target, and every target equal to pad_id, is -100.
-
-    Raises DataError when a shard is too short for one example.
-    """
-
-    def __init__(self, paths: Iterable[Path], seq_len: int, layout: str = "stream", pad_id: int | None = None):
-        self.paths = list(paths)
-        self.seq_len, self.layout, self.pad_id = seq_len, layout, pad_id
-        self.shards = [open_shard(path) for path in self.paths]
-        spare = 1 if layout == "stream" else 0
-        counts = [(len(tokens) - spare) // seq_len for tokens in self.shards]
-        for path, tokens, count in zip(self.paths, self.shards, counts, strict=True):
-            if count < 1:
-                raise DataError(f"{path} holds {len(tokens)} tokens, fewer than one example of seq_len={seq_len}")
-            if layout == "rows" and len(tokens) % seq_len:
-                raise DataError(f"{path} holds {len(tokens)} tokens, not whole rows of {seq_len}")
-        self.ends = np.cumsum(counts)
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def require_below(self, vocab_size: int) -> None:
-        """Raise DataError at once, not in mid-run, when the first shard is of another tokenizer."""
-        _require_below(self.shards[0], vocab_size, self.paths[0])
-
-    def read(self, indices: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, int64 (len(indices), seq_len).
-
-        Raises DataError, naming the shard, for a token that is not below vocab_size.
-        """
-        stream = self.layout == "stream"
-        rows = np.zeros((len(indices), self.seq_len + 1), dtype=np.int64)
-        which = np.searchsorted(self.ends, indices, side="right")
-        for row, index, s in zip(rows, indices, which, strict=True):
-            start = int(index - (self.ends[s - 1] if s else 0)) * self.seq_len
-            tokens = self.shards[s][start : start + self.seq_len + stream]
-            row[: len(tokens)] = tokens
-            _require_below(tokens, vocab_size, self.paths[s])
-        inputs, targets = rows[:, :-1], rows[:, 1:].copy()
-        if not stream:
-            targets[:, -1] = -100
-            targets[targets == self.pad_id] = -100
-        return inputs, targets
-
-
-def _require_below(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
-    if (largest := int(tokens.max())) >= vocab_size:
-        raise DataError(
-            f"token {largest} in {path} is beyond the model's vocabulary of {vocab_size}; "
-            f"type model.vocab_size={largest + 1} or choose the dataset that fits the model"
-        )
+def sha256(path: Path) -> str:
+    """Of a file's content, read in pieces."""
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}; fetch or prepare it again") from None

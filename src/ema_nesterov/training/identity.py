@@ -15,7 +15,8 @@ NOT_IN_HASH = {
     *("name", "seed", "runs_dir", "micro_batch_size", "logger", "eval_every", "probe_every"),
     *("checkpoint_every", "log_every", "plugins"),
     *("trainer.device", "trainer.compile", "trainer.keep_checkpoints", "trainer.workers"),
-    *("dataset.probe_tokens", "dataset.prepare"),
+    *(f"dataset.{key}" for key in ("probe_tokens", "prepare", "hub", "files", "val_files", "val_every", "text_key")),
+    *(f"dataset.{key}" for key in ("shard_tokens", "shards", "sources", "processes")),
 }
 
 

@@ -61,7 +61,7 @@ def train(
     lr, matrix_lr = lr_schedule(cfg), lr_schedule(cfg, matrix=True)
     momentum, alpha = momentum_schedule(cfg), alpha_schedule(cfg)
     clock = Clock(cfg, model, ranks)
-    start = resume(checkpoints, model, optimizer, ranks, clock)
+    start = resume(checkpoints, model, optimizer, dataset, ranks, clock)
 
     compiled: Any = torch.compile(model, dynamic=False) if compiles(cfg, device) else model
     replica: Any = DistributedDataParallel(compiled) if ranks.size > 1 else compiled
@@ -136,7 +136,7 @@ def train(
         if step == cfg.steps or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
             with clock.paused():
                 logs.sync()
-                checkpoint(folder, step, model, optimizer, ranks, clock, cfg.trainer.keep_checkpoints)
+                checkpoint(folder, step, model, optimizer, dataset, ranks, clock, cfg.trainer.keep_checkpoints)
 
     if ranks.is_first:
         with at_iterate(optimizer):
@@ -209,7 +209,9 @@ def derived(loss: float, bytes_per_token: float | None) -> dict[str, float]:
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def resume(checkpoints: list[Path], model: nn.Module, optimizer: Optimizer, ranks: Ranks, clock: Clock) -> int:
+def resume(
+    checkpoints: list[Path], model: nn.Module, optimizer: Optimizer, dataset: Any, ranks: Ranks, clock: Clock
+) -> int:
     """Restore weights (y_t), optimizer, random state and elapsed time; returns the completed steps."""
     if not checkpoints:
         return 0
@@ -220,6 +222,7 @@ def resume(checkpoints: list[Path], model: nn.Module, optimizer: Optimizer, rank
             f"{checkpoints[-1]} holds {saved or 'no wrapper'}, this config builds {built}: probes keep a weight EMA; "
             "type the probe_every that the run began with"
         )
+    dataset.resume(state["data"])
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if len(state["rng"]) == ranks.size:
@@ -232,7 +235,14 @@ def resume(checkpoints: list[Path], model: nn.Module, optimizer: Optimizer, rank
 
 
 def checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, ranks: Ranks, clock: Clock, keep: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    dataset: Any,
+    ranks: Ranks,
+    clock: Clock,
+    keep: int,
 ) -> None:
     """Save everything that the next step depends on. All ranks call it; the first one writes."""
     cuda = torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None
@@ -245,6 +255,7 @@ def checkpoint(
             "model": model.state_dict(),
             "optimizer": optimizer_state,
             "rng": rng,
+            "data": dataset.state(),
         }
         save_checkpoint(folder / "checkpoints", step, state, keep)
     ranks.barrier()

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..config import check
 from ..data.loader import TokenDataset
-from ..data.sample import prepare_sample
+from ..data.preparation.recipes import prepare_dataset, shards_folder
+from ..data.stream import StreamDataset
 from ..errors import ConfigError, UserError
 from ..plugins import instantiate
 from .checkpoint import list_checkpoints
@@ -38,7 +39,7 @@ def run(cfg: DictConfig) -> int:
     identity = f"{cfg.name}-{run_hash(cfg)}"
     folder = Path(cfg.runs_dir) / identity / f"seed{cfg.seed}"
     micro_batch_size = split_batch(cfg, world_size())
-    dataset = open_dataset(cfg)
+    dataset = open_dataset(cfg, micro_batch_size, world_size())
     with ranks(cfg.trainer.device) as group:
         if read_status(folder).get("status") == "finished":
             if group.is_first:
@@ -88,17 +89,19 @@ def split_batch(cfg: DictConfig, size: int) -> int:
     return micro
 
 
-def open_dataset(cfg: DictConfig) -> Any:
+def open_dataset(cfg: DictConfig, micro_batch_size: int, ranks: int) -> Any:
     """The dataset of the config, prepared first where it can be; raises DataError when it does not do."""
     d = cfg.dataset
     vocab_size = cfg.model.get("vocab_size", 2**16)
     if "_target_" in d:
         dataset = instantiate(d, list(cfg.plugins), vocab_size=vocab_size, seq_len=cfg.seq_len, seed=cfg.seed)
+    elif "buffer" in d:
+        dataset = StreamDataset(d, vocab_size, cfg.seed)
     else:
-        if d.prepare == "sample" and not Path(d.path).exists():
-            prepare_sample(Path(d.path), d.tokenizer, d.vocab_size)
+        if d.prepare == "sample" and not shards_folder(d).exists():
+            prepare_dataset(d)
         dataset = TokenDataset(d, vocab_size, cfg.seq_len, cfg.seed)
-    dataset.require(cfg.steps, cfg.batch_size)
+    dataset.require(cfg.steps, cfg.batch_size, micro_batch_size, ranks)
     return dataset
 
 

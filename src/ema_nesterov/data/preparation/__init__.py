@@ -1,0 +1,1 @@
+"""From text, or the hub, to folders of shards."""

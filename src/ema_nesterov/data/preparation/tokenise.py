@@ -1,0 +1,129 @@
+"""Documents into tokens, by several processes, in the order of the documents."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ...errors import DataError
+from ..tokenizers import Tokenizer, open_tokenizer
+from .processes import begin_worker, spawn
+from .sources import Source, read
+
+AHEAD = 4  # batches that wait for each process
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How documents become tokens, and which of them are held out for validation."""
+
+    tokenizer: str
+    vocab_size: int | None = None  # no token may reach it; None: the tokenizer's own
+    layout: str = "stream"  # stream: end to end; rows: cut and padded to row_len, one a row
+    row_len: int | None = None
+    pad_id: int | None = None
+    text_key: str = "text"
+    val_every: int | None = None  # documents 0, val_every, 2 val_every, ... of what is split "every"
+
+
+class Batch(NamedTuple):
+    """Some consecutive documents of a source."""
+
+    source: int
+    first: int  # number of the first of them in the source
+    documents: int
+    characters: int
+    before: int  # documents before it, in all the sources of its split
+    split: str  # train, val, every (val_every tells) or first
+
+
+class Tokens(NamedTuple):
+    train: np.ndarray
+    val: np.ndarray
+    bytes: int
+
+
+def tokenise(
+    items: list[tuple[Source, str]], at: dict[str, int], layout: Layout, processes: int
+) -> Generator[tuple[Batch, Tokens]]:
+    """Every batch of documents from `at` (source, documents, before) on, with its tokens, in order.
+
+    Batches are cut at the same documents wherever one begins at the end of another.
+    """
+    waiting: deque[tuple[Batch, Future[Tokens]]] = deque()
+    pool = ProcessPoolExecutor(processes, spawn(), begin_tokenising, (layout,))
+    try:
+        for batch, texts in _batches(items, at, layout.text_key):
+            waiting.append((batch, pool.submit(tokenise_batch, texts, batch)))
+            while waiting and (len(waiting) >= AHEAD * processes or waiting[0][1].done()):
+                batch, future = waiting.popleft()
+                yield batch, future.result()
+        while waiting:
+            batch, future = waiting.popleft()
+            yield batch, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(items: list[tuple[Source, str]], at: dict[str, int], text_key: str) -> Iterator[tuple[Batch, list[str]]]:
+    before = at["before"]
+    for index in range(at["source"], len(items)):
+        source, split = items[index]
+        first = at["documents"] if index == at["source"] else 0
+        for texts in read(source, text_key, first):
+            yield Batch(index, first, len(texts), sum(map(len, texts)), before, split), texts
+            first += len(texts)
+            before += len(texts)
+
+
+# --- in a worker process --------------------------------------------------------------------------
+
+_tokenizer: Tokenizer
+_layout: Layout
+
+
+def begin_tokenising(layout: Layout) -> None:
+    global _tokenizer, _layout
+    begin_worker()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _tokenizer, _layout = open_tokenizer(layout.tokenizer), layout
+
+
+def tokenise_batch(texts: list[str], batch: Batch) -> Tokens:
+    held_out = [batch.split == "val"] * len(texts)
+    if batch.split == "every":
+        held_out = [(batch.before + i) % (_layout.val_every or 1) == 0 for i in range(len(texts))]
+    documents = [lay_out(ids, _tokenizer, _layout) for ids in _tokenizer.encode(texts)]
+    limit = _layout.vocab_size or _tokenizer.vocab_size
+    for i, ids in enumerate(documents):
+        if ids.size and ids.max() >= limit:
+            raise DataError(
+                f"document {batch.first + i} of source {batch.source} holds token {ids.max()} of tokenizer "
+                f"{_tokenizer.name}, the dataset is of {limit}; type dataset.vocab_size={_tokenizer.vocab_size}"
+            )
+    dtype = np.uint16 if limit <= 2**16 else np.uint32
+    train, val = (
+        np.concatenate(
+            [np.empty(0, dtype), *(d.astype(dtype) for d, h in zip(documents, held_out, strict=True) if h == v)]
+        )
+        for v in (False, True)
+    )
+    return Tokens(train, val, sum(len(text.encode()) for text in texts))
+
+
+def lay_out(ids: np.ndarray, tokenizer: Tokenizer, layout: Layout) -> np.ndarray:
+    """A document's tokens between its marks; as a row: cut, so that the marks stay, and padded."""
+    before, after = tokenizer.before, tokenizer.after
+    if layout.layout == "stream":
+        return np.concatenate([np.array(before, np.int64), ids, np.array(after, np.int64)])
+    assert layout.row_len is not None
+    assert layout.pad_id is not None
+    body = ids[: layout.row_len - len(before) - len(after)]
+    document = np.concatenate([np.array(before, np.int64), body, np.array(after, np.int64)])
+    return np.concatenate([document, np.full(layout.row_len - len(document), layout.pad_id, np.int64)])

@@ -1,0 +1,270 @@
+"""Preparation: tokens as an independent tokenisation gives them, whatever stops it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ema_nesterov.data.loader import TokenDataset
+from ema_nesterov.data.manifest import load_manifest
+from ema_nesterov.data.preparation.inspect import show, verify
+from ema_nesterov.data.preparation.recipes import prepare_dataset
+from ema_nesterov.data.shards import open_shard
+from ema_nesterov.errors import DataError
+from tests.conftest import ROOT, composed
+from tests.data.texts import contents, documents, gpt2_stream, tokens, write_c4, write_parquet
+
+
+def prepare(*overrides: str):
+    return prepare_dataset(composed(*overrides).dataset)
+
+
+def process(*arguments: str, **kwargs) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]], list[str]]:
+    """A folder as a download of C4 leaves it."""
+    train, val = [documents(600, 1), documents(450, 2)], documents(120, 3)
+    return write_c4(tmp_path_factory.mktemp("raw") / "en", train, [val]), train, val
+
+
+def test_rows_of_c4_are_what_transformers_makes_of_each_document(raw, t5: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder, train, val = raw
+    prepare("dataset=c4", f"dataset.path={folder}", f"dataset.output={tmp_path}", f"dataset.tokenizer={t5}",
+            "dataset.shard_tokens=100000", "dataset.processes=2")  # fmt: skip
+    reference = AutoTokenizer.from_pretrained(t5)
+    for split, texts in (("train", train[0] + train[1]), ("val", val)):
+        plain = [text.replace(" <extra_id_7>", "") for text in texts]  # a sentinel is beyond the models' vocabulary
+        rows = reference(plain, truncation=True, max_length=256, padding="max_length")["input_ids"]
+        ours = tokens(tmp_path, split).reshape(-1, 256)
+        same = np.array([text == p for text, p in zip(texts, plain, strict=True)])
+        assert (ours[same] == np.array(rows)[same]).all()
+        assert (ours < 32000).all()
+        assert len(ours) == len(texts)
+    assert [s.tokens for s in load_manifest(tmp_path).of("train")] == [99840, 99840, 600 * 256 + 450 * 256 - 2 * 99840]
+    cut = next(i for i, text in enumerate(train[0]) if len(text) > 3000)
+    assert tokens(tmp_path, "train").reshape(-1, 256)[cut, -1] == 1  # a document that is cut ends in </s> too
+
+
+def test_c4_packed_is_whole_documents_each_ended(raw, t5: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    _, _, val = raw
+    small = write_c4(tmp_path / "small", [val[:40]], [val[40:60]])
+    prepare(
+        "dataset=c4_packed", f"dataset.path={small}", f"dataset.output={tmp_path / 'out'}", f"dataset.tokenizer={t5}"
+    )
+    reference = AutoTokenizer.from_pretrained(t5)
+    plain = [text for text in val[:40] if "<extra_id" not in text]
+    packed = tokens(tmp_path / "out", "train")
+    pieces = np.split(packed, np.flatnonzero(packed == 1) + 1)[:-1]
+    assert len(pieces) == 40
+    kept = [list(p) for p, text in zip(pieces, val[:40], strict=True) if "<extra_id" not in text]
+    assert kept == [reference(text)["input_ids"] for text in plain]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_fineweb_text_is_cut_into_shards_as_the_public_writer_does(tmp_path: Path, processes: int) -> None:
+    """Parquet in; end-of-text before each document; the first shard for validation; cut in mid-document."""
+    texts = documents(700)
+    write_parquet(tmp_path / "raw" / "000_00000.parquet", texts[:400])
+    write_parquet(tmp_path / "raw" / "001_00000.parquet", texts[400:])
+    prepare("dataset=fineweb", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={tmp_path / 'out'}",
+            "dataset.shard_tokens=20000", f"dataset.processes={processes}")  # fmt: skip
+    expected = gpt2_stream(texts)
+    assert (tokens(tmp_path / "out", "val", "train") == expected).all()
+    names = [s.file for s in load_manifest(tmp_path / "out").shards]
+    assert names[:2] == ["fineweb_val_000000.bin", "fineweb_train_000001.bin"]
+    assert [len(open_shard(tmp_path / "out" / n)) for n in names[:-1]] == [20000] * (len(names) - 1)
+
+
+def test_any_text_is_tokenised_and_every_nth_document_held_out(tmp_path: Path) -> None:
+    """.txt files with their newlines, .jsonl, .json.gz and parquet, nested, in the order of their paths."""
+    texts, folder = documents(300), tmp_path / "raw"
+    write_c4(folder / "a", [texts[:50]], [])
+    (folder / "b").mkdir()
+    (folder / "b" / "lines.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[50:100]))
+    write_parquet(folder / "c" / "x.parquet", texts[100:200])
+    (folder / "d").mkdir()
+    for i, text in enumerate(texts[200:]):
+        (folder / "d" / f"{i:03d}.txt").write_text(text)
+    (folder / "notes.md").write_text("not text to train on")
+    prepare("dataset=text", f"dataset.path={folder}", f"dataset.output={tmp_path / 'out'}", "dataset.val_every=7")
+    assert (tokens(tmp_path / "out", "val") == gpt2_stream(texts[::7])).all()
+    assert (tokens(tmp_path / "out", "train") == gpt2_stream(t for i, t in enumerate(texts) if i % 7)).all()
+    data = TokenDataset(composed("dataset=text", f"dataset.path={tmp_path / 'out'}").dataset, 50257, 64, 0)
+    assert data.bytes_per_token() is not None
+
+
+def test_a_tokenizer_of_any_library_and_size_will_do(tmp_path: Path, sample: Path, t5: Path) -> None:
+    texts = documents(30)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
+    common = ["dataset=text", f"dataset.path={tmp_path / 'raw'}", "dataset.text_key=body", "dataset.val_every=10"]
+    for name, tokenizer in (("bpe", sample / "tokenizer.json"), ("sp", t5 / "spiece.model")):
+        out = tmp_path / name
+        prepare(*common, f"dataset.output={out}", f"dataset.tokenizer={tokenizer}")
+        manifest = load_manifest(out)
+        assert (out / manifest.tokenizer["file"]).read_bytes() == tokenizer.read_bytes()
+        cfg = composed("dataset=text", f"dataset.path={out}", "dataset.tokenizer=null").dataset
+        TokenDataset(cfg, manifest.tokenizer["vocab_size"], 32, 0)
+        with pytest.raises(DataError, match=r"type model.vocab_size="):
+            TokenDataset(cfg, 100, 32, 0)
+    from ema_nesterov.data.shards import write_shard
+
+    write_shard(tmp_path / "wide_train_000000.bin", np.array([3, 100_000]), 100_277)
+    assert open_shard(tmp_path / "wide_train_000000.bin").tolist() == [3, 100_000]
+
+
+def test_a_stopped_preparation_leaves_no_process_goes_on_and_ends_in_the_same_bytes(raw, tmp_path: Path) -> None:
+    folder, *_ = raw
+    common = ["dataset=text", f"dataset.path={folder}", "dataset.shard_tokens=4000", "dataset.val_every=5"]
+    prepare(*common, f"dataset.output={tmp_path / 'whole'}", "dataset.processes=1")
+    out, rng = tmp_path / "out", np.random.default_rng()
+    for stop in (signal.SIGKILL, signal.SIGINT):
+        before = len(list(out.glob("*.bin")))
+        running = process(*common, f"dataset.output={out}", "dataset.processes=1", start_new_session=True)
+        while running.poll() is None and len(list(out.glob("*.bin"))) <= before + 1:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.03))
+        running.send_signal(stop)
+        running.communicate(timeout=60)
+        assert running.returncode in (-stop, 130)
+        assert_ended(running.pid)
+        cfg = composed("dataset=text", f"dataset.path={out}").dataset
+        with pytest.raises(DataError, match=r"was stopped after .* type the same"):
+            TokenDataset(cfg, 50257, 64, 0)
+    prepare(*common, f"dataset.output={out}", "dataset.processes=1")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def assert_ended(session: int) -> None:
+    def members() -> list[str]:
+        stats = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has just ended
+                stats.append(path.read_text())
+        return [stat for stat in stats if stat.rpartition(")")[2].split()[3] == str(session)]
+
+    for _ in range(100):
+        if not members():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"processes of a stopped preparation live on: {members()}")
+
+
+def test_a_missing_shard_is_made_again_and_more_are_made_when_asked(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "raw" / "x.parquet", documents(500))
+    common = ["dataset=fineweb", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={tmp_path / 'out'}"]
+    common += ["dataset.shard_tokens=5000", "dataset.processes=1"]
+    prepare(*common, "dataset.shards=2")
+    assert [s.split for s in load_manifest(tmp_path / "out").shards] == ["val", "train", "train"]
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "fineweb_train_000001.bin").unlink()
+    cut = tmp_path / "out" / "fineweb_val_000000.bin"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    prepare(*common, "dataset.shards=2")
+    assert contents(tmp_path / "out") == before
+    prepare(*common)
+    prepare(*common[:2], f"dataset.output={tmp_path / 'whole'}", *common[3:])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_verify_finds_what_was_altered_cut_swapped_or_added(tmp_path: Path, capsys) -> None:
+    write_parquet(tmp_path / "raw" / "x.parquet", documents(400))
+    out = tmp_path / "out"
+    prepare("dataset=fineweb", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={out}", "dataset.shard_tokens=5000")
+    verify(out)
+    assert "all as written" in capsys.readouterr().out
+    one, two, three = (out / f"fineweb_train_00000{i}.bin" for i in (1, 2, 3))
+    content = bytearray(one.read_bytes())
+    content[2000] ^= 4
+    one.write_bytes(content)
+    keep = two.read_bytes()
+    two.write_bytes(three.read_bytes())
+    three.write_bytes(keep[:-2])
+    (out / "fineweb_train_000999.bin").write_bytes(keep)
+    with pytest.raises(DataError, match="has 4 faults"):
+        verify(out)
+    told = capsys.readouterr().out
+    for line in ("000001.bin is not what", "000002.bin is not what", "000003.bin is cut short", "000999"):
+        assert line in told
+
+
+def test_show_prints_the_documents(raw, t5: Path, tmp_path: Path, capsys) -> None:
+    small = write_c4(tmp_path / "raw", [["The river runs.", "A second document."]], [["Held out."]])
+    out = tmp_path / "out"
+    prepare(
+        "dataset=c4", f"dataset.path={small}", f"dataset.output={out}", f"dataset.tokenizer={t5}", "dataset.processes=1"
+    )
+    show(out)
+    told = capsys.readouterr().out
+    assert "The river runs.</s>" in told
+    assert "Held out.</s>" in told
+    assert "252 of padding" in told or "251 of padding" in told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset=text", "dataset.path=nowhere", "dataset.output=OUT"], "folder of text nowhere does not exist"),
+        (["dataset=text", "dataset.path=RAW"], "type dataset.output=FOLDER"),
+        (["dataset=text", "dataset.path=EMPTY", "dataset.output=OUT"], "no files .*parquet"),
+        (["dataset=text", "dataset.path=RAW", "dataset.output=OUT", "dataset.tokenizer=gpt3"], "unknown tokenizer"),
+        (
+            ["dataset=text", "dataset.path=RAW", "dataset.output=OUT", "dataset.text_key=body"],
+            "no column body, but text",
+        ),
+        (["dataset=text", "dataset.path=BROKEN", "dataset.output=OUT"], "broken.jsonl cannot be read"),
+        (["dataset=text", "dataset.path=ONE", "dataset.output=OUT"], "split the text into more documents"),
+        (["dataset=fineweb", "dataset.path=RAW", "dataset.output=OUT"], "dataset.shard_tokens=N below"),
+        (
+            ["dataset=text", "dataset.path=RAW", "dataset.output=OUT", "dataset.vocab_size=300"],
+            "type dataset.vocab_size=50257",
+        ),
+        (["dataset=c4", "dataset.path=RAW", "dataset.output=OUT"], "no files c4-validation"),
+    ],
+)
+def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path: Path, overrides: list[str], message: str) -> None:
+    raw, empty, broken, one = (tmp_path / name for name in ("RAW", "EMPTY", "BROKEN", "ONE"))
+    for folder in (raw, empty, broken, one):
+        folder.mkdir()
+    (raw / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(20)))
+    (broken / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "cut')
+    (one / "only.txt").write_text("a single document")
+    places = {name: str(tmp_path / name) for name in ("RAW", "EMPTY", "BROKEN", "ONE", "OUT")}
+    overrides = [f"{key}={places.get(value, value)}" for key, value in (o.split("=") for o in overrides)]
+    with pytest.raises(DataError, match=message) as error:
+        prepare(*overrides, "dataset.processes=1")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, sample: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(20)))
+    common = ["dataset=text", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={tmp_path / 'out'}"]
+    prepare(*common, "dataset.val_every=4")
+    before = contents(tmp_path / "out")
+    for change, message in (
+        ("dataset.val_every=5", "val_every=4, this is val_every=5"),
+        (f"dataset.tokenizer={sample / 'tokenizer.json'}", "name=gpt2, this is name="),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare(*common, "dataset.val_every=4", change)
+    (tmp_path / "raw" / "y.jsonl").write_text('{"text": "more"}\n')
+    with pytest.raises(DataError, match="delete that one"):
+        prepare(*common, "dataset.val_every=4")
+    assert contents(tmp_path / "out") == before
