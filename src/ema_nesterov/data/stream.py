@@ -22,9 +22,7 @@ from .preparation.processes import cores, spawn
 from .preparation.recipes import prepare_validation, text_sources
 from .preparation.sources import Source, digest
 from .preparation.tokenise import Layout
-
-AT_ONCE = 250  # documents that a tokenising process takes
-STEPS_AHEAD = 2
+from .serve import Share, serve
 
 
 class StreamDataset:
