@@ -42,9 +42,11 @@ def test_every_wrapper_composes_with_every_base() -> None:
     names = {group: [p.stem for p in (ROOT / "configs" / group).glob("*.yaml")] for group in ("optimizer", "lookahead")}
     with torch.device("meta"):
         model = build_model(composed().model)
+    lookaheads = {name: composed(f"lookahead={name}").lookahead for name in names["lookahead"]}
     for optimizer in names["optimizer"]:
+        cfg = composed(f"optimizer={optimizer}")
         for lookahead in names["lookahead"]:
-            cfg = composed(f"optimizer={optimizer}", f"lookahead={lookahead}")
+            cfg.lookahead = lookaheads[lookahead]
             check(cfg)
             built = build_optimizer(model, cfg)
             assert isinstance(built, Wrapper) == (lookahead != "none")

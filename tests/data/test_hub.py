@@ -18,8 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ema_nesterov.data.manifest import load_manifest
 from ema_nesterov.data.shards import write_shard
+from tests.conftest import ROOT
 from tests.data.hub import hub
+from tests.data.texts import documents, gpt2_stream, tokens, write_c4, write_parquet
 
 TOKENS, VAL, TRAIN = "us/tokens", "x_val_000000.bin", "x_train_%06d.bin"
 
@@ -29,15 +32,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A repository of one validation shard, too small for LFS, and three training shards of different sizes."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
-    for name, tokens in (
+    for name, size in (
         ("val_000000", 9),
         ("train_000001", 10_000),
         ("train_000002", 20_000),
         ("train_000003", 6_000_000),
     ):
-        write_shard(folder / f"x_{name}.bin", rng.integers(0, 50257, tokens))
+        write_shard(folder / f"x_{name}.bin", rng.integers(0, 50257, size))
     others = {"README.md": b"# Tokens", "old/x_train_000000.bin": b"old"}  # no shards at the top
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} | others
+
+
+def without_hub() -> dict[str, str]:
+    """The environment, but what the hub's client or a proxy reads of it."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "PROXY" not in k.upper()}
 
 
 def python(code: str, endpoint: str, home: Path, **env: str) -> Any:
@@ -55,8 +63,7 @@ def refused(function, *args):
 {code}
 print(json.dumps(out))
 """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "PROXY" not in k.upper()}
-    env = {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), **env}
+    env = {**without_hub(), "HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), **env}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -204,3 +211,42 @@ for kind, pattern in (('json', 'en/c4-train.*.json.gz'), ('parquet', 'sample/10B
             (revision,) = {file.split("@")[1].split("/")[0] for file in files}
             assert len(revision) == 40
             assert files == [f"hf://datasets/us/text@{revision}/{path}" for path in contents]
+
+
+def test_the_commands_bring_public_shards_fineweb_and_c4_from_the_hub(tmp_path: Path, t5: Path) -> None:
+    """prepare_data.py as it is typed; what the hub has is compared with what lies in the folders."""
+    texts = documents(60)
+    write_c4(tmp_path / "en", [texts[:40]], [texts[40:]])
+    parquet = write_parquet(tmp_path / "000_00000.parquet", texts)
+    for i, split in enumerate(("val", "train")):
+        write_shard(tmp_path / f"fineweb_{split}_00000{i}.bin", np.arange(3000) + i)
+    public = {path.name: path for path in tmp_path.glob("fineweb_*.bin")}
+    c4 = {f"en/{path.name}": path for path in (tmp_path / "en").iterdir()}
+    fineweb = {"sample/10BT/000_00000.parquet": parquet}
+    repos = {"kjj0/fineweb10B-gpt2": public, "HuggingFaceFW/fineweb": fineweb, "allenai/c4": c4}
+
+    def prepare(endpoint: str, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "PROXY" not in k.upper()
+        }
+        environment = {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")}
+        script, folder = str(ROOT / "scripts" / "prepare_data.py"), tmp_path / "out" / name
+        command = [sys.executable, script, f"dataset={name}", f"dataset.path={folder}", *overrides]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    with hub(repos) as server:
+        for name, *overrides in (
+            ("fineweb",),
+            ("fineweb_text", "dataset.shard_tokens=3000", "dataset.processes=1"),
+            ("c4", f"dataset.tokenizer={t5}", "dataset.processes=1"),
+        ):
+            done = prepare(server.endpoint, name, *overrides)
+            assert done.returncode == 0, done.stderr
+    brought = tmp_path / "out" / "fineweb"
+    assert {p.name: p.read_bytes() for p in brought.glob("*.bin")} == {n: p.read_bytes() for n, p in public.items()}
+    assert load_manifest(brought) is not None
+    assert (tokens(tmp_path / "out" / "fineweb_text", "val", "train") == gpt2_stream(texts)).all()
+    assert len(tokens(tmp_path / "out" / "c4", "train")) == 40 * 256
+    gone = prepare(server.endpoint, "c4_packed", f"dataset.tokenizer={t5}")
+    assert (gone.returncode, gone.stderr.count("\n")) == (2, 1)
+    assert "allenai/c4 cannot be reached on the Hugging Face hub" in gone.stderr

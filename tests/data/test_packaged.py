@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ema_nesterov.data import packaged
+from ema_nesterov.data.preparation import packaged
 from ema_nesterov.data.preparation.packaged import DEBIAN, NPM, PYPI, Source, assemble
 from ema_nesterov.data.preparation.prose import is_prose, prose_of
 from ema_nesterov.errors import DataError

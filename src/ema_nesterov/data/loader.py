@@ -39,6 +39,7 @@ class TokenDataset:
 
     def __init__(self, cfg: DictConfig, vocab_size: int, seq_len: int, seed: int):
         self.cfg, self.seq_len, self.reading = cfg, seq_len, [0, 0]
+        self.order, self.pad_id = cfg.order, cfg.pad_id if cfg.layout == "rows" else None  # a config is slow to ask
         self.folder = shards_folder(cfg)
         self.manifest = adopt(self.folder, cfg)
         require_fit(self.folder, self.manifest, cfg, vocab_size, seq_len)
@@ -69,9 +70,10 @@ class TokenDataset:
 
     def batch(self, step: int, batch_size: int, rank: int, ranks: int, micro_batch_size: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch of a step (counted from 0)."""
-        self.train.expect(int(self._starts(step + SOON, batch_size, rank, ranks, micro_batch_size)[-1]))
+        if step % (SOON // 2) == 0:
+            self.train.expect(int(self._starts(step + SOON, batch_size, rank, ranks, micro_batch_size)[-1]))
         starts = self._starts(step, batch_size, rank, ranks, micro_batch_size)
-        return list(micro_batches(self.train, starts, self.cfg, self.seq_len, micro_batch_size))
+        return list(micro_batches(self.train, starts, self.seq_len, self.pad_id, micro_batch_size))
 
     def validation(self, tokens: int | None, rank: int, ranks: int, micro_batch_size: int) -> Iterator[MicroBatch]:
         """This rank's share of the first validation examples that hold `tokens` targets."""
@@ -100,14 +102,14 @@ class TokenDataset:
             )
 
     def _starts(self, step: int, batch_size: int, rank: int, ranks: int, micro_batch_size: int) -> np.ndarray:
-        share, kind = batch_size // ranks, self.cfg.order
-        if kind == "nanogpt_124m":
+        share = batch_size // ranks
+        if self.order == "nanogpt_124m":
             micro_steps = share // micro_batch_size
             fetches = range(step * micro_steps, (step + 1) * micro_steps)
             place = (self.sizes, self.seq_len, micro_batch_size, rank, ranks)
             return np.concatenate([order.nanogpt_124m(*place, fetch) for fetch in fetches])
         mine = slice(rank * share, (rank + 1) * share)
-        if kind == "nanogpt_162m":
+        if self.order == "nanogpt_162m":
             return order.nanogpt_162m(self.sizes, self.seq_len, batch_size, step)[mine]
         return self.windows.starts(step * batch_size + np.arange(batch_size)[mine])
 
@@ -138,6 +140,7 @@ class Validation:
     def __init__(self, folder: Path, cfg: DictConfig, vocab_size: int, seq_len: int):
         manifest = adopt(folder, cfg)
         self.cfg, self.folder, self.seq_len = cfg, folder, seq_len
+        self.pad_id = cfg.pad_id if cfg.layout == "rows" else None
         self.tokens = Tokens(folder, manifest.of("val"), vocab_size)
         self.count = (len(self.tokens) - int(cfg.layout == "stream")) // seq_len
         self.ends = self._targets()  # targets in the first 1, 2, ... examples, as far as any evaluation reads
@@ -153,7 +156,7 @@ class Validation:
         mine = np.arange(rank, self.examples(tokens), ranks)
         for start in range(0, len(mine), micro_batch_size):
             starts = mine[start : start + micro_batch_size] * self.seq_len
-            yield from micro_batches(self.tokens, starts, self.cfg, self.seq_len, micro_batch_size)
+            yield from micro_batches(self.tokens, starts, self.seq_len, self.pad_id, micro_batch_size)
 
     def examples(self, tokens: int | None) -> int:
         """All where there are fewer."""
@@ -187,24 +190,24 @@ class Validation:
 
 
 def micro_batches(
-    tokens: Tokens, starts: np.ndarray, cfg: DictConfig, seq_len: int, micro_batch_size: int
+    tokens: Tokens, starts: np.ndarray, seq_len: int, pad_id: int | None, micro_batch_size: int
 ) -> Iterator[MicroBatch]:
-    """The examples that begin at these positions."""
-    stream = cfg.layout == "stream"
-    rows = tokens.read(starts, seq_len + stream)
-    return to_micro_batches(rows, None if stream else cfg.pad_id, micro_batch_size)
+    """The examples that begin at these positions; pad_id: they are rows."""
+    return to_micro_batches(tokens.read(starts, seq_len + (pad_id is None)), pad_id, micro_batch_size)
 
 
 def to_micro_batches(rows: np.ndarray, pad_id: int | None, micro_batch_size: int) -> Iterator[MicroBatch]:
     """rows: seq_len + 1 tokens each, or, with pad_id, seq_len, whose last target, and every one that is pad_id, is
     -100."""
-    wide = torch.from_numpy(rows.astype(np.int64))
     if pad_id is None:
-        inputs, targets = wide[:, :-1].contiguous(), wide[:, 1:].contiguous()
+        inputs, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
     else:
-        inputs, targets = wide, torch.full_like(wide, -100)
-        targets[:, :-1] = torch.where(wide[:, 1:] == pad_id, -100, wide[:, 1:])
-    return map(MicroBatch, inputs.split(micro_batch_size), targets.split(micro_batch_size))
+        inputs = rows.astype(np.int64)
+        targets = np.empty_like(inputs)
+        targets[:, :-1], targets[:, -1] = inputs[:, 1:], pad_id
+        targets[targets == pad_id] = -100
+    parts = (torch.from_numpy(a).split(micro_batch_size) for a in (inputs, targets))
+    return map(MicroBatch, *parts)
 
 
 def prefetch(

@@ -93,14 +93,14 @@ def adopt(folder: Path, d: DictConfig, hub_sha256: dict[str, str] | None = None)
     Every such shard is read. Raises DataError for a damaged one, and for one that is not what the hub has.
     """
     manifest = load_manifest(folder)
-    if manifest is not None and (hub_sha256 is None or listed(folder, manifest)):
+    if manifest is not None and (hub_sha256 is None or _agrees(folder, manifest, hub_sha256)):
         return manifest
     paths = find_shards(folder, "train") + find_shards(folder, "val")
     if not os.access(folder, os.W_OK):  # a shared folder: what is found out is not kept
         return _describe(folder, paths, d)
     with FileLock(folder / f".{NAME}.lock"):
         manifest = load_manifest(folder)
-        if manifest is None or not listed(folder, manifest):
+        if manifest is None or not _agrees(folder, manifest, hub_sha256 or {}):
             manifest = _describe(folder, paths, d)
             for shard in manifest.shards:
                 if (hub_sha256 or {}).get(shard.file, "") not in ("", shard.sha256):
@@ -108,6 +108,11 @@ def adopt(folder: Path, d: DictConfig, hub_sha256: dict[str, str] | None = None)
             _write_token_bytes(folder, d.tokenizer)
             manifest.save(folder)
     return manifest
+
+
+def _agrees(folder: Path, manifest: Manifest, hub_sha256: dict[str, str]) -> bool:
+    wrong = (s for s in manifest.shards if hub_sha256.get(s.file, "") not in ("", s.sha256))
+    return listed(folder, manifest) and not any(wrong)
 
 
 def listed(folder: Path, manifest: Manifest) -> bool:

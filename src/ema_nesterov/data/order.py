@@ -34,6 +34,7 @@ class Windows:
         first = -(-np.concatenate([[0], ends[:-1]]) // length)  # the first example that begins in each shard
         self.first = np.minimum(first, self.count)
         self.sizes = np.diff(np.append(self.first, self.count))
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
         self.permuted = lru_cache(maxsize=4)(self._permuted)  # a batch may reach into the next shard
 
     def starts(self, positions: np.ndarray) -> np.ndarray:
@@ -42,19 +43,19 @@ class Windows:
         if self.seed is None:
             return places * self.length
         examples = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            shards = self._shards(int(epoch))
-            ends = np.cumsum(self.sizes[shards])
-            turns = np.searchsorted(ends, places, side="right")
-            for turn in np.unique(turns[epochs == epoch]):
-                here = (epochs == epoch) & (turns == turn)
-                shard = int(shards[turn])
+        for epoch in set(epochs.tolist()):
+            shards, ends = self.epoch(epoch)
+            turns = np.where(epochs == epoch, np.searchsorted(ends, places, side="right"), -1)
+            for turn in set(turns.tolist()) - {-1}:
+                here, shard = turns == turn, int(shards[turn])
                 inside = places[here] - (ends[turn] - self.sizes[shard])
-                examples[here] = self.first[shard] + self.permuted(int(epoch), shard)[inside]
+                examples[here] = self.first[shard] + self.permuted(epoch, shard)[inside]
         return examples * self.length
 
-    def _shards(self, epoch: int) -> np.ndarray:
-        return _generator(self.seed, epoch, 2**32 - 1).permutation(len(self.sizes))
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the shards, and where the examples of each end in it."""
+        shards = _generator(self.seed, epoch, 2**32 - 1).permutation(len(self.sizes))
+        return shards, np.cumsum(self.sizes[shards])
 
     def _permuted(self, epoch: int, shard: int) -> np.ndarray:
         return _generator(self.seed, epoch, shard).permutation(int(self.sizes[shard]))

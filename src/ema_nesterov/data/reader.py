@@ -12,7 +12,7 @@ from ..errors import DataError
 from .manifest import Shard, require_sha256
 from .shards import open_shard
 
-OPEN = 4  # shards at a time: what lies behind is unmapped, so that memory does not grow
+OPEN = 2  # shards at a time: what lies behind is unmapped, so that memory does not grow
 
 
 class Tokens:

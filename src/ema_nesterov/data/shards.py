@@ -83,11 +83,14 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     """The shards of a split ("train" or "val") in the order of their names; raises DataError when there are none."""
     if not folder.is_dir():
         raise DataError(
-            f"dataset folder {folder} does not exist; type dataset.path=FOLDER, or fetch the data (data/README.md)"
+            f"dataset folder {folder} does not exist; make it with scripts/prepare_data.py (see data/README.md), or "
+            "type dataset.path=FOLDER"
         )
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
-        raise DataError(f"no shards *_{split}_*.bin in {folder}; see data/README.md for how they get there")
+        raise DataError(
+            f"no shards *_{split}_*.bin in {folder}; scripts/prepare_data.py makes them (see data/README.md)"
+        )
     return paths
 
 

@@ -49,6 +49,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".preparing.lock", timeout=0):
             manifest = agreed_manifest(folder, origin, items, layout, shard_tokens, tokenizer)
+            keep_tokenizer(folder, tokenizer)
             for lost in (True, False):  # first what is missing, then what is not yet there
                 work = Work(folder, name, items, manifest, layout, shard_tokens, shards, val_tokens, repair=lost)
                 if work.wanted():
@@ -92,14 +93,17 @@ def agreed_manifest(
         return manifest
     if any(folder.glob("*.bin")):
         raise DataError(f"{folder} holds shards of something else; type dataset.output=FOLDER for another folder")
-    file = None
-    if tokenizer.file is not None:  # kept beside the shards, so that they can be decoded wherever they go
-        file = tokenizer.file.name
-        (folder / file).write_bytes(tokenizer.file.read_bytes())
-    save_token_bytes(folder, tokenizer.token_bytes)
+    file = tokenizer.file.name if tokenizer.file else None
     begun = Manifest(origin, {**known, "file": file}, layout.layout, layout.row_len, layout.pad_id, [], False, options)
     begun.save(folder)
     return begun
+
+
+def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Beside the shards, so that they can be decoded wherever they go."""
+    save_token_bytes(folder, tokenizer.token_bytes)
+    if tokenizer.file is not None and not (folder / tokenizer.file.name).exists():
+        (folder / tokenizer.file.name).write_bytes(tokenizer.file.read_bytes())
 
 
 class Work:

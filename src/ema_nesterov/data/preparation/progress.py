@@ -42,7 +42,7 @@ class Meter:
     ) -> None:
         self.progress.stop()
         if kind is None:
-            self.say(f"{self.documents:,} documents, {self.tokens:,} tokens, {self._rate()}")
+            self.console.print(f"{self.documents:,} documents, {self.tokens:,} tokens, {self._rate()}")
 
     def advance(self, source: int, text: int, tokens: int, documents: int) -> None:
         """Documents of a source are done: bytes of text, tokens and documents."""

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from ...errors import DataError
 from ..manifest import NAME, Manifest, adopt, load_manifest
 from .prepare import prepare
-from .sources import Source, hub_sources, local_sources
+from .sources import Source, builder_of, hub_sources, local_sources
 from .tokenise import Layout
 
 
@@ -31,28 +31,31 @@ def prepare_dataset(d: DictConfig) -> Manifest:
     if d.prepare == "packaged":
         from .packaged import assemble
 
-        folder = shards_folder(d)
-        assemble(folder / "text", None if d.sources is None else list(d.sources))
-        return _prepare_text(
-            d, [(s, "every") for s in local_sources(folder / "text", "documents.jsonl.gz")], "packages"
-        )
+        text = shards_folder(d) / "text"
+        assemble(text, None if d.sources is None else list(d.sources))
+        packages = len(list((text / "sources").glob("*.jsonl.gz")))
+        items = [(source, "every") for source in local_sources(text, "documents.jsonl.gz")]
+        return _prepare_text(d, items, f"{packages} public packages")
+    _refuse_text(d)
     if d.prepare == "shards" and d.output is None:
         return _bring(d, Path(d.path))
-    return prepare_text(d)
-
-
-def prepare_text(d: DictConfig) -> Manifest:
-    """Tokenise the text of a folder (`path`, where `output` is given) or of the hub."""
-    if d.output is None and d.hub is None:
-        raise DataError(f"where do the shards go? type dataset.output=FOLDER (dataset.path={d.path} is the text)")
-    folder = Path(d.path)
-    if d.output is None and not (folder / NAME).exists() and any(folder.rglob(Path(d.files or "*").name)):
-        raise DataError(f"{folder} holds text; type dataset.output=FOLDER for the shards that are made of it")
     if d.val_files is not None:
         items = [(s, "val") for s in text_sources(d, d.val_files)] + [(s, "train") for s in text_sources(d, d.files)]
     else:
         items = [(s, "every" if d.val_every else "first") for s in text_sources(d, d.files)]
-    return _prepare_text(d, items, d.hub if d.output is None else folder.name)
+    return _prepare_text(d, items, d.hub if d.output is None else Path(d.path).name)
+
+
+def _refuse_text(d: DictConfig) -> None:
+    """A folder of text, where a folder of shards is meant, stays as it is."""
+    folder = Path(d.path)
+    shards = (folder / NAME).exists() or any(folder.glob("*.bin"))
+    if d.output is None and not shards and any(builder_of(path.name) for path in folder.rglob("*")):
+        raise DataError(f"{folder} holds text; type dataset.output=FOLDER for the shards that are made of it")
+    if d.output is None and d.hub is None:
+        raise DataError(
+            f"{folder} holds no text; type dataset.path=FOLDER of it, and dataset.output=FOLDER for its shards"
+        )
 
 
 def text_sources(d: DictConfig, pattern: str | None) -> list[Source]:
@@ -65,7 +68,10 @@ def prepare_validation(d: DictConfig) -> None:
     """The validation shards of a dataset that streams, once, however many processes ask: twice as many tokens as are
     targets, for the padding."""
     folder = Path(d.output)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DataError(f"cannot write {folder}: {e.strerror}; type dataset.output=FOLDER") from None
     with FileLock(folder.parent / f".{folder.name}.lock"):
         manifest = load_manifest(folder)
         if manifest is not None and manifest.complete:
@@ -89,9 +95,9 @@ def _bring(d: DictConfig, folder: Path) -> Manifest:
     try:
         sha256 = fetch_shards(d.hub, folder, d.shards)
     except DataError:
-        there = folder.is_dir() and any(folder.glob("*_train_*.bin")) and any(folder.glob("*_val_*.bin"))
-        if not there or load_manifest(folder) is not None:
+        held = {split: len(list(folder.glob(f"*_{split}_*.bin"))) for split in ("train", "val")}
+        if not held["val"] or held["train"] < (d.shards or 1) or (d.shards is None and load_manifest(folder)):
             raise
-        print(f"{d.hub} cannot be reached; taking the shards that are in {folder}")
+        print(f"{d.hub} cannot be reached; taking the {held['train']} training shards that are in {folder}")
         sha256 = {}
     return adopt(folder, d, sha256)
