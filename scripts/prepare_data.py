@@ -30,7 +30,7 @@ def prepare(cfg: DictConfig) -> int:
 
     d = cfg.dataset
     if "prepare" not in d or d.prepare is None:
-        raise ConfigError(f"dataset={cfg.dataset.get('name')} is not prepared; type dataset=NAME of another")
+        raise ConfigError(f"dataset {d.get('name')}, as chosen, needs no preparation; training makes what it reads")
     check_preparation(d)
     manifest = prepare_dataset(d)
     counts = {split: manifest.of(split) for split in ("train", "val")}

@@ -184,6 +184,8 @@ def _check_dataset(cfg: DictConfig) -> None:
 
 def check_preparation(d: DictConfig) -> None:
     """Raise ConfigError when the keys that prepare a dataset cannot be followed."""
+    if missing := sorted(key for key in map(str, d) if OmegaConf.is_missing(d, key)):
+        raise ConfigError(f"dataset.{missing[0]} has no value; type dataset.{missing[0]}=VALUE")
     if d.prepare is not None:
         _choice("dataset.prepare", d.prepare, ["sample", "shards", "text", "packaged"])
     if d.layout == "rows":

@@ -268,3 +268,18 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, sample: Path) 
     with pytest.raises(DataError, match="delete that one"):
         prepare(*common, "dataset.val_every=4")
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dataset=text"], "dataset.path has no value"),
+        (["dataset=text", "dataset.path=x", "dataset.shrads=3"], "did you mean dataset.shards?"),
+        (["verify", "nowhere"], "nowhere has no manifest.json"),
+    ],
+)
+def test_a_command_that_cannot_be_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    running = process(*arguments)
+    _, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors.count("\n")) == (2, 1)
+    assert message in errors

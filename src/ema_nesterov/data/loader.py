@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
 class TokenDataset:
     """A folder of shards as training batches and a fixed validation set.
 
-    Raises DataError when the folder, its manifest, a shard or the number of tokens does not do for the run.
+    Its public methods are what training asks of a dataset, also of a user's own.  Raises DataError when the folder, its manifest, a shard or the number of tokens does not do for the run.
     """
 
     def __init__(self, cfg: DictConfig, vocab_size: int, seq_len: int, seed: int):
@@ -44,6 +44,8 @@ class TokenDataset:
         self.manifest = adopt(self.folder, cfg)
         require_fit(self.folder, self.manifest, cfg, vocab_size, seq_len)
         shards = self.manifest.of("train")
+        if not shards:
+            raise DataError(f"{self.folder} holds no training shards; type dataset.path=FOLDER of another")
         self.train = Tokens(self.folder, shards, vocab_size)
         self.sizes = [s.tokens for s in shards]
         spare = int(cfg.layout == "stream")

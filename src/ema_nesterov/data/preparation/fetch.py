@@ -62,7 +62,11 @@ def list_files(repo: str, pattern: str) -> list[str]:
     files. Raises DataError when the hub cannot be reached, the repository does not exist or holds no such file.
     """
     folder = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
-    files, revision = _list(repo, folder, "type the same command again when it can")
+    files, revision = _list(
+        repo,
+        folder,
+        "type the same again when it can be, or dataset.path=FOLDER with its files and dataset.output=FOLDER",
+    )
     paths = sorted(path for path in files if fnmatchcase(path, pattern))
     if not paths:
         raise DataError(f"{repo} holds no files {pattern} on the Hugging Face hub; type another pattern")
