@@ -34,7 +34,8 @@ class MicroBatch(NamedTuple):
 class TokenDataset:
     """A folder of shards as training batches and a fixed validation set.
 
-    Its public methods are what training asks of a dataset, also of a user's own.  Raises DataError when the folder, its manifest, a shard or the number of tokens does not do for the run.
+    Its public methods are what training asks of a dataset, also of a user's own. Raises DataError when the folder,
+    its manifest, a shard or the number of tokens does not do for the run.
     """
 
     def __init__(self, cfg: DictConfig, vocab_size: int, seq_len: int, seed: int):
