@@ -162,8 +162,10 @@ class Work:
     def _read(self, meter: Meter, processes: int) -> None:
         batches = tokenise(self.items, self.at, self.layout, processes)
         for batch, tokens in batches:
-            if batch.split != "val" and self.items[self.at["source"]][1] == "val":
-                self._flush("val")
+            if batch.split != "val" and self._held("val") and self.items[self.at["source"]][1] == "val":
+                self._flush("val")  # a split with files of its own has ended
+                if not self.repair:
+                    self._save_cursor()
             made = self._add(batch.split, tokens)
             done = batch.first + batch.documents
             self.at = {"source": batch.source, "documents": done, "before": batch.before + batch.documents}
@@ -246,11 +248,13 @@ class Work:
         """The manifest, and where it goes on; the tokens that it names are on the disk before it."""
         name = f".pending_{len(self.manifest.shards):06d}.npz"
         empty = np.empty(0, np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        with open(self.folder / name, "wb") as f:
+        aside = self.folder / f"{name}.writing"
+        with open(aside, "wb") as f:
             train, val = (np.concatenate([empty, *self.pending[split]]) for split in ("train", "val"))
             np.savez(f, train=train, val=val)
             f.flush()
             os.fsync(f.fileno())
+        aside.rename(self.folder / name)
         self.manifest.cursor = {**self.at, "pending": name}
         self.manifest.save(self.folder)
         self._forget_pending(name)
