@@ -18,9 +18,9 @@ fi
 echo "== installing into .venv (a few minutes the first time; pip says what it does in .venv/pip.log)"
 start=$SECONDS
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-log=.venv/pip.log
-.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt torch >"$log" 2>&1 &&
-  .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' >>"$log" 2>&1 || {
+log=.venv/pip.log # no bytecode ahead: of the thousands of modules few are ever imported
+.venv/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt torch >"$log" 2>&1 &&
+  .venv/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]' >>"$log" 2>&1 || {
   tail -n 5 "$log" >&2
   echo "error: pip could not install the package; the whole log is in $log" >&2
   exit 1

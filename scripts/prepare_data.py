@@ -18,7 +18,7 @@ import hydra
 from omegaconf import DictConfig
 
 import ema_nesterov.config  # noqa: F401  (registers the schemas)
-from ema_nesterov.cli import guard, job
+from ema_nesterov.cli import fail, guard, job
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -72,5 +72,7 @@ def inspect() -> None:
 if __name__ == "__main__":
     if set(sys.argv[1:]) & {"-h", "--help"} or len(sys.argv) == 1:
         print(__doc__)
+    elif "=" not in sys.argv[1] and sys.argv[1] not in ("verify", "show") and not sys.argv[1].startswith("-"):
+        fail(f"unknown command {sys.argv[1]}; type verify FOLDER, show FOLDER, or dataset=NAME")
     else:
         guard(inspect) if sys.argv[1] in ("verify", "show") else guard(main, CONFIGS)

@@ -33,7 +33,7 @@ def guard(main: Callable[[], object], configs: Path | None = None) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; type the same command to go on", file=sys.stderr)
         sys.exit(130)
     except UserError as e:
         fail(str(e))

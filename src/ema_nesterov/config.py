@@ -192,8 +192,9 @@ def check_preparation(d: DictConfig) -> None:
         for key in ("row_len", "pad_id"):
             _require(d[key] is not None and d[key] >= (key == "row_len") * 2, f"dataset.{key}", d[key], "set")
     _require(d.shard_tokens >= (d.row_len or 1), "dataset.shard_tokens", d.shard_tokens, f"at least {d.row_len or 1}")
-    for key in ("shards", "val_every", "processes"):
-        _require(d[key] is None or d[key] >= 1, f"dataset.{key}", d[key], "at least 1")
+    _require(d.shard_tokens <= 10**9, "dataset.shard_tokens", d.shard_tokens, "at most 1000000000")
+    for key, least in (("shards", 1), ("processes", 1), ("val_every", 2)):
+        _require(d[key] is None or d[key] >= least, f"dataset.{key}", d[key], f"at least {least}")
 
 
 def _check_optimizer(cfg: DictConfig) -> None:

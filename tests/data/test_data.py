@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,36 @@ def test_bytes_per_token_count_the_text_of_the_targets_alone(tmp_path: Path) -> 
     overrides += ["dataset.probe_tokens=5", "dataset.vocab_size=9"]
     data = TokenDataset(composed(*overrides).dataset, 100, 5, 0)
     assert data.bytes_per_token() == (2 + 6 + 0 + 2 + 0) / 5  # targets 3 4 1 and 3 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tokenizer", v) for v in (None, "gpt2", {}, {"name": 1, "sha256": None, "vocab_size": 5, "file": None})),
+        *(("row_len", "x"), ("complete", "x"), ("format", 2), ("shards", None)),
+        *(
+            ("shards", [{"file": f, "tokens": n, "largest": m, "sha256": ""}])
+            for f, n, m in ((None, 1, 1), ("a", 1, -1))
+        ),
+    ],
+)
+def test_a_manifest_that_nobody_wrote_is_one_line(tmp_path: Path, key: str, value: object) -> None:
+    dataset(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(DataError, match=r"manifest.json (cannot be read|has format)"):
+        dataset(tmp_path)
+
+
+def test_a_full_number_of_epochs_holds_every_step(tmp_path: Path) -> None:
+    shards(tmp_path, 231)
+    shards(tmp_path, 200, split="val")
+    data = dataset(tmp_path, "dataset.max_epochs=100")
+    data.require(230, 10, 10, 1)  # 23 examples, 2,300 in a hundred epochs
+    with pytest.raises(DataError, match=r"type steps=230 or dataset.max_epochs=101$"):
+        data.require(231, 10, 10, 1)
+    with pytest.raises(DataError, match=r"type dataset.max_epochs=435$"):
+        data.require(1, 10_000, 10_000, 1)
 
 
 def test_preparing_again_leaves_the_folder_alone(sample: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from ema_nesterov.data.loader import TokenDataset
 from ema_nesterov.data.manifest import load_manifest
 from ema_nesterov.data.preparation.inspect import show, verify
 from ema_nesterov.data.preparation.recipes import prepare_dataset
+from ema_nesterov.data.preparation.sources import local_sources, read
 from ema_nesterov.data.shards import open_shard
 from ema_nesterov.errors import DataError
 from tests.conftest import ROOT, composed
@@ -183,6 +185,90 @@ def test_a_missing_shard_is_made_again_and_more_are_made_when_asked(tmp_path: Pa
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_shards_made_in_stages_are_those_made_at_once_and_each_can_be_made_again(tmp_path: Path) -> None:
+    """Also the last validation shard, which was short between the stages."""
+    write_parquet(tmp_path / "raw" / "x.parquet", documents(900))
+    common = ["dataset=text", f"dataset.path={tmp_path / 'raw'}", "dataset.val_every=2", "dataset.processes=1"]
+    common += ["dataset.shard_tokens=7000"]
+    for shards in (2, 4, 5):
+        prepare(*common, f"dataset.output={tmp_path / 'out'}", f"dataset.shards={shards}")
+    prepare(*common, f"dataset.output={tmp_path / 'whole'}", "dataset.shards=5")
+    before = contents(tmp_path / "out")
+    assert before == contents(tmp_path / "whole")
+    for shard in load_manifest(tmp_path / "out").shards[::3]:
+        (tmp_path / "out" / shard.file).unlink()
+    prepare(*common, f"dataset.output={tmp_path / 'out'}", "dataset.shards=5")
+    assert contents(tmp_path / "out") == before
+    (pending,) = (tmp_path / "out").glob(".pending*")
+    pending.unlink()
+    prepare(*common, f"dataset.output={tmp_path / 'out'}", "dataset.shards=5")  # nothing is to do
+    with pytest.raises(DataError, match="is missing or damaged"):
+        prepare(*common, f"dataset.output={tmp_path / 'out'}")
+
+
+def held(folder: Path) -> list[str]:
+    return [text for source in local_sources(folder, None) for batch in read(source, "text") for text in batch]
+
+
+def test_documents_are_read_to_the_letter(tmp_path: Path) -> None:
+    files = {
+        "a[1].txt": b"named like a pattern",
+        "a1.txt": b"another",
+        "b.TXT": b"x\r\ny\rz\n",
+        "c.txt": "\ufeffé".encode(),
+        "d.txt.gz": gzip.compress(b"packed\r\n"),
+        "e.txt": b"",
+        "f*.jsonl": b'\xef\xbb\xbf{"text": "a \\"q\\" \\n", "m": 1}\r\n\n{"m": {"k": 2}, "text": "2020-01-01"}',
+        "g.jsonl": b"",
+        "h.json.gz": b"",
+        ".hidden/i.txt": b"not meant",
+        "__pycache__/j.txt": b"nor this",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    write_parquet(tmp_path / "k.parquet", [])
+    (tmp_path / "out").mkdir()
+    assert held(tmp_path) == [
+        *("another", "named like a pattern", "x\r\ny\rz\n", "é", "packed\r\n", "", 'a "q" \n', "2020-01-01")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": 3}', "line 2 of .* holds no text under text"),
+        ('{"text": null}', "line 2 of .* holds no text under text"),
+        ('{"body": "x"}', "line 2 of .* has no column text, but columns body"),
+        ('["x"]', "line 2 of .* has no column text, but list"),
+        ('{"text": "\\ud800"}', "is no character"),
+    ],
+)
+def test_a_row_without_text_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(DataError, match=message) as error:
+        prepare("dataset=text", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={tmp_path / 'out'}",
+                "dataset.processes=1")  # fmt: skip
+    assert "\n" not in str(error.value)
+
+
+def test_the_shards_may_lie_within_the_folder_of_the_text(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x.parquet", documents(30))
+    common = ["dataset=text", f"dataset.path={tmp_path}", "dataset.processes=1", "dataset.val_every=5"]
+    for _ in range(2):
+        prepare(*common, f"dataset.output={tmp_path / 'shards'}")
+    with pytest.raises(DataError, match="another one, for its shards"):
+        prepare(*common, f"dataset.output={tmp_path}")
+
+
+def test_padding_that_is_a_token_of_text_is_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "raw" / "x.parquet", documents(30))
+    keys = ["dataset.layout=rows", "dataset.row_len=16", "dataset.pad_id=0", f"dataset.output={tmp_path / 'out'}"]
+    with pytest.raises(DataError, match=r"pad_id=0 is '!', a token of text.*type dataset.pad_id=50256"):
+        prepare("dataset=text", f"dataset.path={tmp_path / 'raw'}", *keys)
+
+
 def test_verify_finds_what_was_altered_cut_swapped_or_added(tmp_path: Path, capsys) -> None:
     write_parquet(tmp_path / "raw" / "x.parquet", documents(400))
     out = tmp_path / "out"
@@ -226,9 +312,9 @@ def test_show_prints_the_documents(raw, t5: Path, tmp_path: Path, capsys) -> Non
         (["dataset=text", "dataset.path=RAW", "dataset.output=OUT", "dataset.tokenizer=gpt3"], "unknown tokenizer"),
         (
             ["dataset=text", "dataset.path=RAW", "dataset.output=OUT", "dataset.text_key=body"],
-            "no column body, but text",
+            "no column body, but columns text",
         ),
-        (["dataset=text", "dataset.path=BROKEN", "dataset.output=OUT"], "broken.jsonl cannot be read"),
+        (["dataset=text", "dataset.path=BROKEN", "dataset.output=OUT"], "line 2 of .*broken.jsonl is no JSON"),
         (["dataset=text", "dataset.path=ONE", "dataset.output=OUT"], "split the text into more documents"),
         (["dataset=fineweb", "dataset.path=RAW", "dataset.output=OUT"], "dataset.shard_tokens=N below"),
         (

@@ -134,6 +134,7 @@ def test_a_run_that_streams_goes_on_from_a_checkpoint_on_more_ranks(raw, t5: Pat
     keys += [*overrides(raw[0], tmp_path / "val", t5), f"runs_dir={tmp_path / 'runs'}"]
     whole = train_process(*keys)
     assert whole.returncode == 0, whole.stderr
+    assert "leaked" not in whole.stderr
     folder = run_folder(tmp_path / "runs")
     expected = read_metrics(folder)
     (folder / "status.json").unlink()

@@ -57,18 +57,26 @@ class TokenDataset:
 
     def require(self, steps: int, batch_size: int, micro_batch_size: int, ranks: int) -> None:
         """Raise DataError when the run needs more tokens than max_epochs passes hold."""
-        if self.cfg.order == "nanogpt_124m":  # what is read depends on them
+        if self.order == "nanogpt_124m":  # what is read depends on them
             self.reading = [ranks, micro_batch_size]
-        epoch = self._steps_of_an_epoch(batch_size, micro_batch_size, ranks)
-        if steps <= int(epoch * self.cfg.max_epochs):
+
+        def held(epochs: int) -> int:
+            return self._steps(epochs, batch_size, micro_batch_size, ranks)
+
+        most = held(self.cfg.max_epochs)
+        if steps <= most:
             return
+        epochs = self.cfg.max_epochs
+        while held(epochs) < steps and epochs < 1_000_000:
+            epochs = max(epochs + 1, epochs * steps // max(1, held(epochs)))
+        advice = [f"steps={most}"] * (most > 0) + [f"dataset.max_epochs={epochs}"] * (held(epochs) >= steps)
+        advice = advice or ["a smaller batch_size"]
         shards = ""
         if (self.cfg.prepare in ("shards", "text") and self.cfg.shards is not None) or self.manifest.cursor is not None:
             shards = ", or bring more with scripts/prepare_data.py dataset.shards=N"
         raise DataError(
             f"the run needs {steps * batch_size * self.seq_len} training tokens, {self.folder} holds {sum(self.sizes)} "
-            f"x dataset.max_epochs={self.cfg.max_epochs}; type steps={int(epoch * self.cfg.max_epochs)} or "
-            f"dataset.max_epochs={int(-(-steps // epoch))}{shards}"
+            f"x dataset.max_epochs={self.cfg.max_epochs}; type {' or '.join(advice)}{shards}"
         )
 
     def batch(self, step: int, batch_size: int, rank: int, ranks: int, micro_batch_size: int) -> list[MicroBatch]:
@@ -104,6 +112,9 @@ class TokenDataset:
                 f"micro_batch_size={micro_batch_size} that this run began with"
             )
 
+    def close(self) -> None:
+        """Nothing is left to end."""
+
     def _starts(self, step: int, batch_size: int, rank: int, ranks: int, micro_batch_size: int) -> np.ndarray:
         share = batch_size // ranks
         if self.order == "nanogpt_124m":
@@ -116,22 +127,24 @@ class TokenDataset:
             return order.nanogpt_162m(self.sizes, self.seq_len, batch_size, step)[mine]
         return self.windows.starts(step * batch_size + np.arange(batch_size)[mine])
 
-    def _steps_of_an_epoch(self, batch_size: int, micro_batch_size: int, ranks: int) -> float:
-        """Raises DataError where a shard does not hold what the authors' loaders read at a time."""
-        if self.cfg.order == "windows":
-            return self.windows.count / batch_size
+    def _steps(self, epochs: int, batch_size: int, micro_batch_size: int, ranks: int) -> int:
+        """How many steps so many epochs hold; raises DataError where a shard does not hold what the authors' loaders
+        read at a time."""
+        if self.order == "windows":
+            return self.windows.count * epochs // batch_size
         tokens = batch_size * self.seq_len
-        if self.cfg.order == "nanogpt_124m":
+        if self.order == "nanogpt_124m":
             tokens = micro_batch_size * ranks * self.seq_len
         if min(self.sizes) <= tokens + 1:
             raise DataError(
                 f"dataset.order={self.cfg.order} reads {tokens} tokens of a shard at a time, {self.folder} has a shard "
                 f"of {min(self.sizes)}; type dataset.order=windows"
             )
-        if self.cfg.order == "nanogpt_162m":
-            return float(order.nanogpt_162m_counts(self.sizes, self.seq_len, batch_size).sum())
+        if self.order == "nanogpt_162m":
+            return epochs * int(order.nanogpt_162m_counts(self.sizes, self.seq_len, batch_size).sum())
         counts = [order.nanogpt_124m_counts(self.sizes, self.seq_len, micro_batch_size, r, ranks) for r in range(ranks)]
-        return (min(c.sum() for c in counts) + 1) / (batch_size // ranks // micro_batch_size)  # the first is read twice
+        fetches = epochs * int(min(c.sum() for c in counts)) + 1  # the first is read twice
+        return fetches // (batch_size // ranks // micro_batch_size)
 
 
 class Validation:
@@ -143,7 +156,10 @@ class Validation:
     def __init__(self, folder: Path, cfg: DictConfig, vocab_size: int, seq_len: int):
         manifest = adopt(folder, cfg)
         self.cfg, self.folder, self.seq_len = cfg, folder, seq_len
+        self.largest = max((s.largest for s in manifest.of("val")), default=0)
         self.pad_id = cfg.pad_id if cfg.layout == "rows" else None
+        if not manifest.of("val"):
+            raise DataError(f"{folder} holds no validation shards; prepare it again, or type dataset.path=FOLDER")
         self.tokens = Tokens(folder, manifest.of("val"), vocab_size)
         self.count = (len(self.tokens) - int(cfg.layout == "stream")) // seq_len
         self.ends = self._targets()  # targets in the first 1, 2, ... examples, as far as any evaluation reads
@@ -170,7 +186,7 @@ class Validation:
 
     def bytes_per_token(self) -> float | None:
         lengths = load_token_bytes(self.folder)
-        if lengths is None:
+        if lengths is None or len(lengths) <= int(self.largest):
             return None
         total = count = 0
         for _, targets in self.batches(self.cfg.val_tokens, 0, 1, 64):

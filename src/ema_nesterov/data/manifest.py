@@ -24,7 +24,7 @@ from ..errors import DataError
 from .shards import find_shards, open_shard, read_header, sha256
 
 FORMAT = 1
-NAME = "manifest.json"
+NAME, TOKEN_BYTES = "manifest.json", "token_bytes.npy"
 
 
 @dataclass
@@ -78,13 +78,34 @@ def load_manifest(folder: Path) -> Manifest | None:
         if values["format"] != FORMAT:
             raise DataError(f"{path} has format {values['format']}, this code reads {FORMAT}; prepare the data again")
         values = {f.name: values[f.name] for f in fields(Manifest)}
-        return Manifest(**{**values, "shards": [Shard(**s) for s in values["shards"]]})
+        manifest = Manifest(**{**values, "shards": [Shard(**s) for s in values["shards"]]})
+        _require_types(manifest)
+        return manifest
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(
             f"{path} cannot be read ({type(e).__name__}: {e}); delete the folder and prepare the data again"
         ) from None
+
+
+def _require_types(manifest: Manifest) -> None:
+    """Raise TypeError for a value that none of our writers writes."""
+    known = {key: manifest.tokenizer[key] for key in ("name", "sha256", "vocab_size", "file")}
+    number, text = (int, type(None)), (str, type(None))
+    expected: list[tuple[Any, Any]] = [
+        *((known[key], text) for key in ("name", "sha256", "file")),
+        *((value, number) for value in (known["vocab_size"], manifest.row_len, manifest.pad_id)),
+        *((value, str) for value in (manifest.source, manifest.layout)),
+        *((value, int) for s in manifest.shards for value in (s.tokens, s.largest)),
+        *((value, str) for s in manifest.shards for value in (s.file, s.sha256)),
+        *((manifest.complete, bool), (manifest.options, dict), (manifest.cursor, (dict, type(None)))),
+    ]
+    for value, kind in expected:
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"unexpected value {value!r}")
+        if isinstance(value, int) and value < 0:
+            raise TypeError(f"unexpected value {value}")
 
 
 def adopt(folder: Path, d: DictConfig, hub_sha256: dict[str, str] | None = None) -> Manifest:
@@ -98,12 +119,21 @@ def adopt(folder: Path, d: DictConfig, hub_sha256: dict[str, str] | None = None)
     paths = find_shards(folder, "train") + find_shards(folder, "val")
     if not os.access(folder, os.W_OK):  # a shared folder: what is found out is not kept
         return _describe(folder, paths, d)
+    try:
+        return _write_manifest(folder, paths, d, hub_sha256 or {})
+    except OSError as e:
+        raise DataError(
+            f"cannot write {folder / NAME}: {e.strerror}; make room, or let {folder} be read-only"
+        ) from None
+
+
+def _write_manifest(folder: Path, paths: list[Path], d: DictConfig, hub_sha256: dict[str, str]) -> Manifest:
     with FileLock(folder / f".{NAME}.lock"):
         manifest = load_manifest(folder)
-        if manifest is None or not _agrees(folder, manifest, hub_sha256 or {}):
+        if manifest is None or not _agrees(folder, manifest, hub_sha256):
             manifest = _describe(folder, paths, d)
             for shard in manifest.shards:
-                if (hub_sha256 or {}).get(shard.file, "") not in ("", shard.sha256):
+                if hub_sha256.get(shard.file, "") not in ("", shard.sha256):
                     raise DataError(f"{folder / shard.file} is not what the hub has; delete it and type the same again")
             _write_token_bytes(folder, d.tokenizer)
             manifest.save(folder)
@@ -147,13 +177,18 @@ def _write_token_bytes(folder: Path, tokenizer: str | None) -> None:
 
 
 def save_token_bytes(folder: Path, token_bytes: list[int] | None) -> None:
-    if token_bytes is not None:
-        np.save(folder / "token_bytes.npy", np.array(token_bytes, np.uint16))
+    if token_bytes is not None and not (folder / TOKEN_BYTES).exists():
+        aside = folder / f".{TOKEN_BYTES}.writing.npy"
+        np.save(aside, np.array(token_bytes, np.uint16))
+        aside.rename(folder / TOKEN_BYTES)
 
 
 def load_token_bytes(folder: Path) -> np.ndarray | None:
-    path = folder / "token_bytes.npy"
-    return np.load(path) if path.exists() else None
+    path = folder / TOKEN_BYTES
+    try:
+        return np.load(path) if path.exists() else None
+    except (OSError, ValueError, EOFError):
+        raise DataError(f"{path} is damaged; delete it (no bits per byte then), or prepare the data again") from None
 
 
 # --- does it fit ----------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import numpy as np
 
+from ..errors import DataError
 from .preparation.processes import begin_worker, spawn
 from .preparation.sources import Source, read
 from .preparation.tokenise import Batch, Layout, Tokens, begin_tokenising, tokenise_batch
@@ -51,7 +53,7 @@ def serve(
         with ProcessPoolExecutor(processes, spawn(), begin_tokenising, (layout,)) as pool:
             for texts in _shares(stream, share, step, max_epochs):
                 parts = [texts[i : i + AT_ONCE] for i in range(0, len(texts), AT_ONCE)]
-                batches = [Batch(0, 0, len(part), 0, 0, "train") for part in parts]
+                batches = [Batch(0, 0, len(part), 0, 0, "the stream", "train") for part in parts]
                 waiting.append([pool.submit(tokenise_batch, p, b) for p, b in zip(parts, batches, strict=True)])
                 if len(waiting) > STEPS_AHEAD:
                     pipe.send((_rows(waiting.popleft(), layout), dict(counts)))
@@ -60,6 +62,8 @@ def serve(
         pipe.send((None, dict(counts)))
     except (BrokenPipeError, KeyboardInterrupt):
         pass
+    except BrokenProcessPool:
+        pipe.send(DataError("a tokenising process was killed (out of memory?); type dataset.processes=1"))
     except Exception as e:
         pipe.send(e)
 

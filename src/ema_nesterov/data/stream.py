@@ -135,7 +135,8 @@ class Reader:
         return answer
 
     def close(self) -> None:
+        self.pipe.close()  # it ends when it finds that out, and ends its own processes first
+        self.process.join(timeout=5)
         self.process.terminate()
         self.process.join()
-        self.pipe.close()
         atexit.unregister(self.close)

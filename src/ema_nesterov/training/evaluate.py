@@ -33,7 +33,7 @@ def mean_loss(
         with precision:
             loss = model(inputs, targets)
         count = (targets != -100).sum()
-        total += torch.stack([loss.double() * count, count.double()])
+        total += torch.stack([torch.where(count > 0, loss.double() * count, 0.0), count.double()])
     loss, count = ranks.sum(total).tolist()
     return loss / count
 

@@ -106,7 +106,8 @@ def train(
             last = i == len(batch) - 1
             with nullcontext() if last or ranks.size == 1 else replica.no_sync():
                 with precision:
-                    micro_loss = replica(inputs, targets) * weights[i]
+                    micro_loss = replica(inputs, targets)  # nan where there is no target
+                    micro_loss = torch.where(weights[i] > 0, micro_loss * weights[i], 0.0)
                 micro_loss.backward()
             loss += micro_loss.detach()
 

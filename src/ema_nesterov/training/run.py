@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,10 @@ def run(cfg: DictConfig) -> int:
     identity = f"{cfg.name}-{run_hash(cfg)}"
     folder = Path(cfg.runs_dir) / identity / f"seed{cfg.seed}"
     micro_batch_size = split_batch(cfg, world_size())
-    dataset = open_dataset(cfg, micro_batch_size, world_size())
-    with ranks(cfg.trainer.device) as group:
+    with (
+        closing(open_dataset(cfg, micro_batch_size, world_size())) as dataset,
+        ranks(cfg.trainer.device) as group,
+    ):
         if read_status(folder).get("status") == "finished":
             if group.is_first:
                 print(f"{folder} is finished already; delete it, or change the seed, to train again")

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -78,6 +79,11 @@ def agreed_manifest(
     Raises DataError, naming the first difference.
     """
     vocab_size = layout.vocab_size or tokenizer.vocab_size
+    if layout.pad_id is not None and tokenizer.token_bytes and tokenizer.token_bytes[layout.pad_id]:
+        raise DataError(
+            f"dataset.pad_id={layout.pad_id} is {tokenizer.decode([layout.pad_id])!r}, a token of text, which would be "
+            f"masked; type dataset.pad_id={(*tokenizer.before, *tokenizer.after)[0]}"
+        )
     known = {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": vocab_size}
     options: dict[str, Any] = {k: v for k, v in asdict(layout).items() if k not in ("tokenizer", "vocab_size")}
     options |= {"shard_tokens": shard_tokens, "text": digest(items)}
@@ -85,6 +91,11 @@ def agreed_manifest(
     if manifest is not None:
         for key, value in {**known, **options}.items():
             held = manifest.tokenizer[key] if key in known else manifest.options.get(key)
+            if held != value and key == "text":
+                raise DataError(
+                    f"the files of the text are not those that {folder} was begun with; put them back, type "
+                    "dataset.output=FOLDER for another folder, or delete that one"
+                )
             if held != value:
                 raise DataError(
                     f"{folder} was prepared from {manifest.source} with {key}={held}, this is {key}={value}; "
@@ -133,31 +144,52 @@ class Work:
         self.pending: dict[str, list[np.ndarray]] = {"train": [], "val": []}
         self.counts = {"train": 0, "val": 0}  # shards made
         self.at = {"source": 0, "documents": 0, "before": 0}  # what comes next, and the documents before it
+        self.short: str | None = None  # the last validation shard, where more of the text would make it longer
         self.lost = [s.file for s in manifest.shards if not self._whole(s)] if repair else []
-        if not repair and (cursor := manifest.cursor) is not None:
-            self.at = {key: cursor[key] for key in self.at}
-            self.counts = {split: len(manifest.of(split)) for split in self.counts}
-            with np.load(folder / cursor["pending"]) as kept:
-                self.pending = {split: [kept[split]] if kept[split].size else [] for split in self.pending}
 
     def wanted(self) -> bool:
         """Whether there is anything to do."""
         if self.repair:
             return bool(self.lost)
         more = self.manifest.cursor is not None and self.val_tokens is None
-        return not self.manifest.complete or (more and (self.shards is None or self.counts["train"] < self.shards))
+        made = len(self.manifest.of("train"))
+        return not self.manifest.complete or (more and (self.shards is None or made < self.shards))
 
     def run(self, processes: int) -> None:
         """Tokenise until the text or what is asked for ends; raises DataError when that leaves a split empty."""
         for stale in self.folder.glob(".*.writing"):
             stale.unlink()
+        if not self.repair and self.manifest.cursor is not None:
+            self._restore(self.manifest.cursor)
         measure = self.shards and (self.shards - self.counts["train"]) * self.shard_tokens
         with Meter(self.name, [source.expected for source, _ in self.items], measure) as meter:
             self._drain("train")  # what a lower limit left over
             if not self._enough():
                 self._read(meter, processes)
-            self._flush("val")
+            self._end_validation()
         self._finish()
+
+    def _restore(self, cursor: dict[str, Any]) -> None:
+        """Go on from a cursor, with the tokens that were no whole shard then."""
+        path = self.folder / cursor["pending"]
+        try:
+            with np.load(path) as kept:
+                self.pending = {split: [kept[split]] for split in self.pending}
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile):
+            raise DataError(f"{path} is missing or damaged; delete {self.folder} and prepare it again") from None
+        self.at = {key: cursor[key] for key in self.at}
+        self.manifest.shards = [s for s in self.manifest.shards if s.file != cursor["short"]]
+        self.counts = {split: len(self.manifest.of(split)) for split in self.counts}
+
+    def _end_validation(self) -> None:
+        """The last validation shard; its tokens are kept where more of the text may follow, so that the shards are
+        the same however many calls make them."""
+        kept = list(self.pending["val"])
+        more = self.val_tokens is None and (self.at["source"] < len(self.items) or self._held("train"))
+        self._flush("val")
+        if more and not self.repair and any(a.size for a in kept):
+            self.pending["val"] = kept
+            self.short = self.manifest.of("val")[-1].file
 
     def _read(self, meter: Meter, processes: int) -> None:
         batches = tokenise(self.items, self.at, self.layout, processes)
@@ -255,7 +287,7 @@ class Work:
             f.flush()
             os.fsync(f.fileno())
         aside.rename(self.folder / name)
-        self.manifest.cursor = {**self.at, "pending": name}
+        self.manifest.cursor = {**self.at, "pending": name, "short": self.short}
         self.manifest.save(self.folder)
         self._forget_pending(name)
 

@@ -49,6 +49,8 @@ def prepare_dataset(d: DictConfig) -> Manifest:
 def _refuse_text(d: DictConfig) -> None:
     """A folder of text, where a folder of shards is meant, stays as it is."""
     folder = Path(d.path)
+    if d.output is not None and Path(d.output).resolve() == folder.resolve():
+        raise DataError(f"{folder} is the text's folder; type dataset.output=FOLDER, another one, for its shards")
     shards = (folder / NAME).exists() or any(folder.glob("*.bin"))
     if d.output is None and not shards and any(builder_of(path.name) for path in folder.rglob("*")):
         raise DataError(f"{folder} holds text; type dataset.output=FOLDER for the shards that are made of it")
@@ -60,14 +62,17 @@ def _refuse_text(d: DictConfig) -> None:
 
 def text_sources(d: DictConfig, pattern: str | None) -> list[Source]:
     """The files of text: of a folder, where the dataset names one, else of the hub."""
-    local = d.path is not None and d.output is not None
-    return local_sources(Path(d.path), pattern and Path(pattern).name) if local else hub_sources(d.hub, str(pattern))
+    if d.path is None or d.output is None:
+        return hub_sources(d.hub, str(pattern))
+    return local_sources(Path(d.path), pattern and Path(pattern).name, but=Path(d.output))
 
 
 def prepare_validation(d: DictConfig) -> None:
     """The validation shards of a dataset that streams, once, however many processes ask: twice as many tokens as are
     targets, for the padding."""
     folder = Path(d.output)
+    if (manifest := load_manifest(folder)) is not None and manifest.complete:
+        return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:

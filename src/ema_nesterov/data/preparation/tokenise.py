@@ -40,6 +40,7 @@ class Batch(NamedTuple):
     documents: int
     characters: int
     before: int  # documents before it, in all the sources of its split
+    file: str  # or the first of its files
     split: str  # train, val, every (val_every tells) or first
 
 
@@ -77,7 +78,7 @@ def _batches(items: list[tuple[Source, str]], at: dict[str, int], text_key: str)
         source, split = items[index]
         first = at["documents"] if index == at["source"] else 0
         for texts in read(source, text_key, first):
-            yield Batch(index, first, len(texts), sum(map(len, texts)), before, split), texts
+            yield Batch(index, first, len(texts), sum(map(len, texts)), before, source.files[0], split), texts
             first += len(texts)
             before += len(texts)
 
@@ -99,12 +100,17 @@ def tokenise_batch(texts: list[str], batch: Batch) -> Tokens:
     held_out = [batch.split == "val"] * len(texts)
     if batch.split == "every":
         held_out = [(batch.before + i) % (_layout.val_every or 1) == 0 for i in range(len(texts))]
-    documents = [lay_out(ids, _tokenizer, _layout) for ids in _tokenizer.encode(texts)]
+    try:
+        documents = [lay_out(ids, _tokenizer, _layout) for ids in _tokenizer.encode(texts)]
+    except UnicodeEncodeError as e:
+        raise DataError(
+            f"a document of {batch.file} holds {e.object[e.start]!a}, which is no character; mend it"
+        ) from None
     limit = _layout.vocab_size or _tokenizer.vocab_size
     for i, ids in enumerate(documents):
         if ids.size and ids.max() >= limit:
             raise DataError(
-                f"document {batch.first + i} of source {batch.source} holds token {ids.max()} of tokenizer "
+                f"document {batch.first + i} of {batch.file} holds token {ids.max()} of tokenizer "
                 f"{_tokenizer.name}, the dataset is of {limit}; type dataset.vocab_size={_tokenizer.vocab_size}"
             )
     dtype = np.uint16 if limit <= 2**16 else np.uint32
