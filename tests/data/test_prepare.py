@@ -26,7 +26,7 @@ from tests.data.texts import contents, documents, gpt2_stream, tokens, write_c4,
 
 
 def prepare(*overrides: str):
-    return prepare_dataset(composed(*overrides).dataset)
+    return prepare_dataset(composed("dataset.processes=1", *overrides).dataset)
 
 
 def process(*arguments: str, **kwargs) -> subprocess.Popen[str]:

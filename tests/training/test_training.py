@@ -237,7 +237,7 @@ def test_exported_weights_are_the_iterate_and_checkpoints_the_lookahead_point(tm
         assert not exported
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2])
 def test_ranks_resume_bit_for_bit_and_agree_with_one(tmp_path: Path, sample: Path, ranks: int) -> None:
     overrides = [*TINY, f"dataset.path={sample}", "steps=24", "checkpoint_every=11", "eval_every=12", "probe_every=12"]
     done = train_process(*overrides, f"runs_dir={tmp_path / 'straight'}", ranks=ranks)
