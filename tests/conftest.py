@@ -23,7 +23,8 @@ from ema_nesterov.data.preparation.sample import prepare_sample
 from ema_nesterov.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-settings.register_profile("ci", derandomize=True, max_examples=50)  # a landing does not depend on luck; elsewhere it searches on
+# a landing does not depend on luck; elsewhere it searches on
+settings.register_profile("ci", derandomize=True, max_examples=50)
 settings.load_profile("ci" if "CI" in os.environ else "default")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
