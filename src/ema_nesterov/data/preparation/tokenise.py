@@ -101,35 +101,38 @@ def tokenise_batch(texts: list[str], batch: Batch) -> Tokens:
     if batch.split == "every":
         held_out = [(batch.before + i) % (_layout.val_every or 1) == 0 for i in range(len(texts))]
     try:
-        documents = [lay_out(ids, _tokenizer, _layout) for ids in _tokenizer.encode(texts)]
+        documents = _tokenizer.encode(texts)
     except UnicodeEncodeError as e:
-        raise DataError(
-            f"a document of {batch.file} holds {e.object[e.start]!a}, which is no character; mend it"
-        ) from None
-    limit = _layout.vocab_size or _tokenizer.vocab_size
-    for i, ids in enumerate(documents):
-        if ids.size and ids.max() >= limit:
-            raise DataError(
-                f"document {batch.first + i} of {batch.file} holds token {ids.max()} of tokenizer "
-                f"{_tokenizer.name}, the dataset is of {limit}; type dataset.vocab_size={_tokenizer.vocab_size}"
-            )
-    dtype = np.uint16 if limit <= 2**16 else np.uint32
+        half = f"{e.object[e.start]!a}"
+        raise DataError(f"a document of {batch.file} holds {half}, which is no character; mend it") from None
     train, val = (
-        np.concatenate(
-            [np.empty(0, dtype), *(d.astype(dtype) for d, h in zip(documents, held_out, strict=True) if h == v)]
-        )
+        lay_out([ids for ids, held in zip(documents, held_out, strict=True) if held == v], _tokenizer, _layout)
         for v in (False, True)
     )
-    return Tokens(train, val, sum(len(text.encode()) for text in texts))
+    limit = _layout.vocab_size or _tokenizer.vocab_size
+    if (largest := int(max(train.max(initial=0), val.max(initial=0)))) >= limit:
+        first = batch.first + next(i for i, ids in enumerate(documents) if ids.max(initial=0) >= limit)
+        raise DataError(
+            f"document {first} of {batch.file} holds token {largest} of tokenizer {_tokenizer.name}, the dataset is of "
+            f"{limit}; type dataset.vocab_size={_tokenizer.vocab_size}"
+        )
+    dtype = np.uint16 if limit <= 2**16 else np.uint32
+    return Tokens(train.astype(dtype), val.astype(dtype), sum(len(text.encode()) for text in texts))
 
 
-def lay_out(ids: np.ndarray, tokenizer: Tokenizer, layout: Layout) -> np.ndarray:
-    """A document's tokens between its marks; as a row: cut, so that the marks stay, and padded."""
-    before, after = tokenizer.before, tokenizer.after
+def lay_out(documents: list[np.ndarray], tokenizer: Tokenizer, layout: Layout) -> np.ndarray:
+    """The documents' tokens, each between its marks, end to end; as rows: cut, so that the marks stay, and padded."""
+    kind = documents[0].dtype if documents else np.dtype(np.int64)
+    before, after = np.array(tokenizer.before, kind), np.array(tokenizer.after, kind)
     if layout.layout == "stream":
-        return np.concatenate([np.array(before, np.int64), ids, np.array(after, np.int64)])
+        return np.concatenate([np.empty(0, kind), *(part for ids in documents for part in (before, ids, after))])
     assert layout.row_len is not None
     assert layout.pad_id is not None
-    body = ids[: layout.row_len - len(before) - len(after)]
-    document = np.concatenate([np.array(before, np.int64), body, np.array(after, np.int64)])
-    return np.concatenate([document, np.full(layout.row_len - len(document), layout.pad_id, np.int64)])
+    rows, room = (
+        np.full((len(documents), layout.row_len), layout.pad_id, kind),
+        layout.row_len - len(before) - len(after),
+    )
+    for row, ids in zip(rows, documents, strict=True):
+        document = np.concatenate([before, ids[:room], after])
+        row[: len(document)] = document
+    return rows.ravel()
