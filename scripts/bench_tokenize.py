@@ -118,7 +118,7 @@ def run(arguments: list[str]) -> None:
             layout = Layout(name, val_every=100)
             tokenizer = open_tokenizer(name)
             sizes = [sum(map(len, tokenizer.encode(texts[:500]))), sum(len(t.encode()) for t in texts[:500])]
-            part, rates, theirs = texts[: len(texts) // 4], [], []
+            part, rates, theirs = texts[: len(texts) // 2], [], []
             for _ in range(args.repeats):
                 theirs.append(alone(layout, part, processes))
                 seconds = [seconds_to_prepare(folder, layout, processes) for folder in (half, whole)]

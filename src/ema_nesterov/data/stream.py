@@ -137,6 +137,6 @@ class Reader:
     def close(self) -> None:
         self.pipe.close()  # it ends when it finds that out, and ends its own processes first
         self.process.join(timeout=5)
-        self.process.terminate()
+        self.process.kill()
         self.process.join()
         atexit.unregister(self.close)

@@ -1,4 +1,4 @@
-"""Worker processes that neither outlive their parent nor answer Ctrl-C in its place."""
+"""Worker processes that neither outlive their parent nor answer signals in its place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def spawn() -> SpawnContext:
 
 def begin_worker() -> None:
     """The first call in a worker process: it ends when its parent does, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for sent_to_all in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent decides what they mean
+        signal.signal(sent_to_all, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -7,6 +7,7 @@ column.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from ...errors import DataError
 
@@ -119,10 +122,12 @@ def _texts(source: Source, key: str, skip: int, batch: int) -> Iterator[list[str
 
 def _lines(source: Source, key: str, skip: int, batch: int) -> Iterator[list[str]]:
     """JSON line by line: read as columns, what stands beside the text would have to be of one type throughout."""
-    texts, number, seen = [], 0, 0
-    for table in _open(source, "text", sample_by="line").iter(batch_size=batch):
-        for line in table["text"].to_pylist():
-            number += 1
+    from datasets import StreamingDownloadManager
+    from datasets.utils.file_utils import xopen
+
+    texts, seen = [], 0
+    with xopen(StreamingDownloadManager().extract(source.files[0]), "rb") as file:
+        for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             seen += 1
@@ -135,13 +140,17 @@ def _lines(source: Source, key: str, skip: int, batch: int) -> Iterator[list[str
         yield texts
 
 
-def _text_of(line: str, key: str, place: str) -> str:
+def _text_of(line: bytes, key: str, place: str) -> str:
+    line = line.removeprefix(codecs.BOM_UTF8)
     try:
-        record = json.loads(line.removeprefix("\ufeff"))
-    except ValueError as e:
-        raise DataError(
-            f"{place} is no JSON ({e}); a document a line is wanted: mend it or take the file away"
-        ) from None
+        record = orjson.loads(line)
+    except ValueError:
+        try:
+            record = json.loads(line)  # takes NaN, too
+        except ValueError as e:
+            raise DataError(
+                f"{place} is no JSON ({e}); a document a line is wanted: mend it or take the file away"
+            ) from None
     if not isinstance(record, dict) or key not in record:
         holds = f"columns {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
         raise DataError(f"{place} has no column {key}, but {holds}; type dataset.text_key=COLUMN")
@@ -151,12 +160,12 @@ def _text_of(line: str, key: str, place: str) -> str:
 
 
 def _rows(source: Source, key: str, skip: int, batch: int) -> Iterator[list[str]]:
-    columns = _open(source, "parquet", batch_size=batch).column_names or []
+    columns = _parquet(source, batch_size=batch).column_names or []
     if key not in columns:
         raise DataError(
             f"{source.files[0]} has no column {key}, but {', '.join(columns)}; type dataset.text_key=COLUMN"
         )
-    for table in _open(source, "parquet", columns=[key], batch_size=batch).iter(batch_size=batch):
+    for table in _parquet(source, columns=[key], batch_size=batch).iter(batch_size=batch):
         if skip >= len(table):
             skip -= len(table)
             continue
@@ -167,13 +176,13 @@ def _rows(source: Source, key: str, skip: int, batch: int) -> Iterator[list[str]
         yield texts
 
 
-def _open(source: Source, builder: str, **options: Any) -> Any:
+def _parquet(source: Source, **options: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs, it also raises
     files = [f if f.startswith("hf://") else glob.escape(os.path.abspath(f)) for f in source.files]
-    return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options).with_format(
+    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, **options).with_format(
         "arrow"
     )
 

@@ -38,7 +38,6 @@ class Batch(NamedTuple):
     source: int
     first: int  # number of the first of them in the source
     documents: int
-    characters: int
     before: int  # documents before it, in all the sources of its split
     file: str  # or the first of its files
     split: str  # train, val, every (val_every tells) or first
@@ -78,7 +77,7 @@ def _batches(items: list[tuple[Source, str]], at: dict[str, int], text_key: str)
         source, split = items[index]
         first = at["documents"] if index == at["source"] else 0
         for texts in read(source, text_key, first):
-            yield Batch(index, first, len(texts), sum(map(len, texts)), before, source.files[0], split), texts
+            yield Batch(index, first, len(texts), before, source.files[0], split), texts
             first += len(texts)
             before += len(texts)
 
@@ -125,7 +124,8 @@ def lay_out(documents: list[np.ndarray], tokenizer: Tokenizer, layout: Layout) -
     kind = documents[0].dtype if documents else np.dtype(np.int64)
     before, after = np.array(tokenizer.before, kind), np.array(tokenizer.after, kind)
     if layout.layout == "stream":
-        return np.concatenate([np.empty(0, kind), *(part for ids in documents for part in (before, ids, after))])
+        marked = [part for ids in documents for part in (before, ids, after) if part.size]
+        return np.concatenate(marked or [np.empty(0, kind)])
     assert layout.row_len is not None
     assert layout.pad_id is not None
     rows, room = (
