@@ -7,20 +7,46 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from .config import check_secrets
 from .errors import ConfigError, UserError
 
 BAD_INPUT = 2
+# Hydra's own keys as configs/train.yaml sets them. It instantiates what stands under some of them, and runs what
+# stands in a logging config; others write elsewhere.
+FIXED: dict[str, Any] = {
+    "launcher._target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "sweeper._target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    **{"callbacks": {}, "searchpath": [], "hydra_logging.root": None, "job_logging.root": None},
+    **{"run.dir": ".", "sweep.dir": "${runs_dir}", "sweep.subdir": ".", "output_subdir": None},
+    **{"job.chdir": False, "job.env_set": {}, "job.env_copy": []},
+}
+# What a value must be, by what OmegaConf says of one that is not; {key} is its key
+WANTED = {
+    "could not be converted to Integer": "must be a whole number",
+    "could not be converted to Float": "must be a number",
+    "is not a valid bool": "must be true or false",
+    "is not Optional": "must have a value, not null",
+    r"Cannot convert '\w+' to string": "must be text",
+    "is not a ListConfig|Cannot merge DictConfig with ListConfig": "must be a list, such as {key}=[A,B]",
+    "is not a subclass of|Cannot assign": "sets a whole group; type {key}.KEY=VALUE for one of its keys",
+    "does not support deletion": "would take away a key that is needed; type {key}=VALUE to change it",
+}
 
 
 def guard(main: Callable[[], object], configs: Path | None = None) -> None:
@@ -31,7 +57,12 @@ def guard(main: Callable[[], object], configs: Path | None = None) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print
     try:
-        main()
+        if configs is None:
+            main()
+        else:
+            read_arguments(sys.argv[1:])
+            with watched_composition():
+                main()
     except KeyboardInterrupt:
         print("interrupted; type the same command to go on", file=sys.stderr)
         sys.exit(130)
@@ -58,10 +89,63 @@ def job(run: Callable[[DictConfig], int], cfg: DictConfig) -> None:
 
 def fail(message: str) -> NoReturn:
     """Print the one line and exit. Rank 0 goes first: torchrun ends the others as soon as one exits."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(BAD_INPUT)
+
+
+# --- what Hydra is given, and what it makes of it -------------------------------------------------
+
+
+def read_arguments(arguments: list[str]) -> None:
+    """Raise ConfigError for what Hydra would answer with its usage, or take as leave to run what it is given."""
+
+    def refuse(message: str) -> NoReturn:
+        misplaced = "; type flags such as -m behind all KEY=VALUE" if "unrecognized" in message and "=" in message else ""
+        raise ConfigError(f"{message}{misplaced or '; --help shows what can be typed'}")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    given = parser.parse_args(arguments)
+    if given.experimental_rerun is not None:
+        raise ConfigError("--experimental-rerun would run what a pickle holds; the same command as before resumes a run")
+    if given.config_path is not None or given.config_name not in (None, "train"):
+        raise ConfigError("--config-path and --config-name are fixed; type --config-dir=FOLDER to add configs of yours")
+    for override in given.overrides:
+        key = key_of(override)
+        if not key.strip() or ("=" not in override and not override.startswith("~")):
+            raise ConfigError(f"{override!r} is not KEY=VALUE; --help shows the keys")
+        if re.match(r"hydra[./]", key):
+            raise ConfigError(f"{key} is Hydra's own and fixed here; leave it out")
+
+
+@contextmanager
+def watched_composition() -> Iterator[None]:
+    """Every config that Hydra composes within is looked at before Hydra acts on it: files can set all that
+    command lines can."""
+    load = ConfigLoaderImpl.load_configuration
+
+    def watched(self: ConfigLoaderImpl, config_name: str | None, *args: Any, **kwargs: Any) -> DictConfig:
+        cfg = load(self, config_name, *args, **kwargs)
+        if config_name is not None:  # None: Hydra's own help
+            refuse_foreign(cfg)
+            check_secrets(cfg)
+        return cfg
+
+    ConfigLoaderImpl.load_configuration = watched  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
+
+
+def refuse_foreign(cfg: DictConfig) -> None:
+    """Raise ConfigError where a config would have Hydra run or import something, or write elsewhere."""
+    held: Any = OmegaConf.to_container(cfg.hydra)
+    for key, fixed in FIXED.items():
+        if reduce(lambda node, part: node[part], key.split("."), held) != fixed:
+            raise ConfigError(f"a config sets hydra.{key}, which is fixed here; take it out of the file")
 
 
 def parse(schema: type, arguments: list[str]) -> Any:
@@ -75,45 +159,88 @@ def parse(schema: type, arguments: list[str]) -> Any:
             raise ConfigError(f"unknown key {key}; {suggest(key, map(str, defaults))}")
     try:
         return OmegaConf.to_object(OmegaConf.merge(defaults, OmegaConf.from_dotlist(arguments)))
-    except OmegaConfBaseException as e:
+    except (OmegaConfBaseException, YAMLError) as e:
         raise ConfigError(explain(e, None)) from None
 
 
+# --- complaints -----------------------------------------------------------------------------------
+
+
 def explain(error: Exception, configs: Path | None) -> str:
-    """Hydra's or OmegaConf's complaint in one line, with the nearest valid key or option."""
+    """Hydra's or OmegaConf's complaint in one line, with what to type instead where that is known."""
     text, cause = str(error), error.__cause__
     while cause is not None:
         text, cause = f"{text}\n{cause}", cause.__cause__
+    if isinstance(error, OverrideParseException):
+        return unreadable(error.override)
     full_key = re.search(r"full_key: (\S+)", text)
-    if configs is not None:
-        override = re.search(r"Could not override '([^']+)'", text)
-        if re.search(r"Key '.*' is not in struct|Key '.*' not in '|No match in the defaults list", text):
-            found = override or full_key
-            if found:
-                return unknown_key(found[1].split("@")[0], configs)
-        if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
-            return unknown_option(missing[1], configs)
+    override = re.search(r"Error merging override (.*?): ?(?:\n|$)", text, re.DOTALL)
+    key = key_of(override[1]) if override else full_key[1] if full_key else ""
+    for pattern, wanted in WANTED.items():
+        if key and re.search(pattern, text):
+            file = re.search(r"In '([^']+)'", text)
+            return f"{override[1] if override else key} {wanted.format(key=key)}" + (f" (in {file[1]})" if file else "")
+    if configs is not None and (known := explain_choice(text, full_key[1] if full_key else None, configs)):
+        return known
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith(("    ", "See http"))]
-    first, reason = lines[0], lines[-1]
+    first, reason = (lines or [type(error).__name__])[0], (lines or [""])[-1]
     if full_key and full_key[1] not in first:
         first = f"{full_key[1]}: {first}"
     return first if reason in first else f"{first}: {reason}"
 
 
+def unreadable(override: str) -> str:
+    """Of an argument that is not in Hydra's grammar."""
+    key, _, value = override.partition("=")
+    if not re.fullmatch(r"[+~]*[A-Za-z_][\w/-]*(\.[A-Za-z_]\w*)*(@[\w.:]*)?", key, re.ASCII):
+        return f"{key!r} in {override!r} is no key; type KEY=VALUE, such as steps=100 or optimizer.lr=0.01"
+    value = re.sub(r"['\"\n\0]", "", value)
+    return f"the value of {override!r} cannot be read; quote it within the argument: \"{key}='{value}'\""
+
+
+def explain_choice(text: str, full_key: str | None, configs: Path) -> str | None:
+    """Of keys and options that do not exist, or cannot be chosen so."""
+    override = re.search(r"Could not override '([^']+)'", text)
+    if override and "@" in override[1]:
+        return f"{override[1]} cannot be chosen; type {override[1].split('@')[0]}=OPTION"
+    if re.search(r"Key '.*' is not in struct|Key '.*' not in '|No match in the defaults list", text):
+        found = override[1] if override else full_key
+        if found:
+            return unknown_key(found, configs)
+    if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        return unknown_option(missing[1], configs)
+    if "Config group override must be" in text:
+        for group, value in (o.split("=", 1) for o in overrides()):
+            if (configs / group).is_dir() and not (configs / group / f"{value}.yaml").exists():
+                return unknown_option(f"{group}/{value}", configs)
+    if twice := re.search(r"Multiple values for (\S+)\..*?: (\S+?)'", text):
+        return f"{twice[1]} is chosen already; type {twice[1]}={twice[2]}, without +"
+    if there := re.search(r"An item is already at '([^']+)'", text):
+        return f"{there[1]} exists already; type {there[1]}=VALUE, once and without +"
+    if several := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{several[1]} gives several values; type one, or --multirun behind all to run each"
+    return None
+
+
 def unknown_key(key: str, configs: Path) -> str:
     """Name the valid key nearest to one that does not exist."""
-    overrides = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
-    if key not in map(key_of, overrides):  # it stands in a file, for a group that another choice replaced
-        group = key.partition(".")[0]
-        return f"the experiment sets {key}, which the chosen {group} does not have; choose an experiment made for it"
+    if key == "experiment":
+        return "the file of the experiment is empty, or does not begin with the line # @package _global_"
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
         try:
-            cfg = compose("train", [o for o in overrides if key_of(o) != key])
+            cfg = compose("train", [o for o in overrides() if key_of(o) != key])
         except (HydraException, OmegaConfBaseException):
             cfg = compose("train")
     groups = [p.name for p in configs.iterdir() if p.is_dir()]
-    return f"unknown key {key}; {suggest(key, [*keys(cfg), *groups])}"
+    valid, group = [*keys(cfg), *groups], key.partition(".")[0]
+    if key in groups:
+        return f"{key} is a group; type {key}=OPTION, or {key}.KEY=VALUE for one of its keys"
+    if key in valid:
+        return f"{key} does not go with the other arguments; leave it or one of them out"
+    if key not in map(key_of, overrides()) and group in groups:  # it stands in a file, another choice replaced the group
+        return f"the experiment sets {key}, which the chosen {group} does not have; choose an experiment made for it"
+    return f"unknown key {key}; {suggest(key, valid)}"
 
 
 def unknown_option(option: str, configs: Path) -> str:
@@ -138,6 +265,11 @@ def suggest(key: str, valid: Iterable[str]) -> str:
         return f"did you mean {near[0]}?"
     siblings = [v.rpartition(".")[2] for v in valid if v.rpartition(".")[0] == group]
     return f"{group or 'this command'} has {', '.join(siblings)}" if siblings else "--help lists the keys"
+
+
+def overrides() -> list[str]:
+    """Those of the command line."""
+    return [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
 
 
 def key_of(override: str) -> str:

@@ -114,6 +114,16 @@ def check(cfg: DictConfig) -> None:
     _choice("trainer.device", cfg.trainer.device, ["auto", "cpu", "cuda"])
     _require(cfg.trainer.grad_clip >= 0, "trainer.grad_clip", cfg.trainer.grad_clip, "at least 0")
     _require(cfg.trainer.keep_checkpoints >= 1, "trainer.keep_checkpoints", cfg.trainer.keep_checkpoints, "at least 1")
+    for key, least in (("keep_every", 1), ("max_bad_steps", 1), ("spike_window", 2)):
+        value = cfg.trainer[key]
+        _require(value is None or value >= least, f"trainer.{key}", value, f"at least {least}")
+    z = cfg.trainer.skip_spikes
+    _require(z is None or z > 0, "trainer.skip_spikes", z, "above 0")
+    if cfg.fork_from is not None:
+        folder, at, step = cfg.fork_from.rpartition("@")
+        if not (folder and at and step.isascii() and step.isdigit()):
+            raise ConfigError(f"fork_from={cfg.fork_from} must be RUN_FOLDER@STEP, such as runs/NAME/seed0@3000")
+        _require(int(step) < cfg.steps, "steps", cfg.steps, f"above the {step} of fork_from")
     _require(cfg.trainer.workers in (0, 1), "trainer.workers", cfg.trainer.workers, "0 or 1")
     _choice("logger.mode", cfg.logger.mode, ["online", "offline", "disabled"])
     _choice("logger.x_axis", cfg.logger.x_axis, ["tokens", "step"])

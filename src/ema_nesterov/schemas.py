@@ -275,8 +275,13 @@ class TrainerConfig:
     device: str = "auto"  # auto | cpu | cuda
     compile: bool | None = None  # null: on a GPU only
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest
+    keep_every: int | None = None  # steps; their checkpoints stay for good
+    async_checkpoints: bool | None = None  # written while the training goes on; null: on a GPU only
     workers: int = 1  # threads that read batches ahead; 0: read when needed
+    max_bad_steps: int = 10  # in a row whose loss or gradient is not finite, until the run ends as diverged
+    spike_window: int = 128  # losses that the next one is compared with, for train/loss_zscore
+    skip_spikes: float | None = None  # standard deviations above those from which a step is not taken
 
 
 @dataclass
@@ -298,6 +303,7 @@ class TrainConfig:
     batch_size: int = MISSING  # sequences per optimizer step, over all ranks
     micro_batch_size: int | None = None  # per rank; null: what a rank gets of a batch, 64 at most
     runs_dir: str = "runs"
+    fork_from: str | None = None  # RUN_FOLDER@STEP: begin with that checkpoint, under another schedule or lookahead
     eval_every: int = 100  # 0: only at the end
     probe_every: int = 0  # 0: never
     probe_ema_decay: float = 0.99  # of the weight EMA that runs without EMA-Nesterov keep when probes are on

@@ -16,7 +16,8 @@ from ema_nesterov.data.preparation.recipes import prepare_dataset
 from ema_nesterov.data.shuffle import ShuffledStream
 from ema_nesterov.data.stream import StreamDataset
 from ema_nesterov.errors import DataError
-from ema_nesterov.training.run import FINISHED, run
+from ema_nesterov.training.folder import FINISHED
+from ema_nesterov.training.run import run
 from tests.conftest import ROOT, TINY, composed, read_metrics, run_folder, train_process
 from tests.data.texts import documents, tokens, write_c4
 

@@ -12,7 +12,7 @@ from ema_nesterov.reporting.figures import draw
 from ema_nesterov.reporting.page import write_page
 from ema_nesterov.reporting.runs import base_of, find_runs
 from ema_nesterov.reporting.table import rows, verdicts, write_table
-from ema_nesterov.training.run import begin
+from ema_nesterov.training.folder import begin
 from tests.conftest import composed
 
 
@@ -20,6 +20,7 @@ def fake_run(root: Path, lookahead: str, losses: list[float], *overrides: str, s
     """A run folder as the trainer writes it, with chosen validation losses at steps 0, 10, 20, ..."""
     cfg = composed(f"lookahead={lookahead}", "steps=40", f"name=study/{lookahead}", *overrides)
     folder = root / lookahead / f"seed{cfg.seed}"
+    folder.mkdir(parents=True)
     begin(cfg, folder)
     lines = []
     for i, loss in enumerate(losses):

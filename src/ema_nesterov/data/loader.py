@@ -6,7 +6,7 @@ slice of them and cuts it into micro-batches. Nothing has to be saved to resume:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +85,11 @@ class TokenDataset:
             self.train.expect(int(self._starts(step + SOON, batch_size, rank, ranks, micro_batch_size)[-1]))
         starts = self._starts(step, batch_size, rank, ranks, micro_batch_size)
         return list(micro_batches(self.train, starts, self.seq_len, self.pad_id, micro_batch_size))
+
+    def where(self, step: int, batch_size: int, rank: int, ranks: int, micro_batch_size: int) -> str:
+        """What a rank reads in a step, for a person."""
+        starts = self._starts(step, batch_size, rank, ranks, micro_batch_size)
+        return f"{len(starts)} sequences, the first at {self.train.place(int(starts[0]))}"
 
     def validation(self, tokens: int | None, rank: int, ranks: int, micro_batch_size: int) -> Iterator[MicroBatch]:
         """This rank's share of the first validation examples that hold `tokens` targets."""
@@ -231,7 +236,7 @@ def to_micro_batches(rows: np.ndarray, pad_id: int | None, micro_batch_size: int
 
 def prefetch(
     read: Callable[[int], list[MicroBatch]], steps: range, device: torch.device, threads: int = 1
-) -> Iterator[list[MicroBatch]]:
+) -> Generator[list[MicroBatch]]:
     """`read(step)` for each step, on the device, one step ahead in a thread (threads=0: when needed)."""
 
     def load(step: int) -> list[MicroBatch]:

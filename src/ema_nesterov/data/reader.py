@@ -62,6 +62,11 @@ class Tokens:
         """The shard of this position will be read soon: compare its checksum meanwhile."""
         self._check(int(np.searchsorted(self.ends, start, side="right")))
 
+    def place(self, start: int) -> str:
+        """Where a position is, for a person."""
+        shard = int(np.searchsorted(self.ends, start, side="right"))
+        return f"token {start - self.begins[shard]} of {self.folder / self.shards[shard].file}"
+
     def _across(self, shard: int, start: int, length: int) -> np.ndarray:
         """An example that begins in one shard and ends in a later one."""
         parts = [self._open(shard)[start:]]

@@ -71,7 +71,7 @@ class EMANesterov(Wrapper):
     def _after(self, parameters: list[Tensor]) -> None:
         e, extrapolation = self._anchor, -self.alpha_t * self.k
         if self.ema_decay:
-            first = self.warm_start and self.steps == 1
+            first = self.warm_start and self.taken == 1
             # m_1 = k (x_1 - e_1) is x_1 - x_0 when e_1 = x_0 + (1 - 1/k) (x_1 - x_0)
             share = 1 - 1 / self.k if first else 1 - self.ema_decay
             if self.alpha_t:

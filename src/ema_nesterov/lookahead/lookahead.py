@@ -51,7 +51,7 @@ class Lookahead(Wrapper):
         return position
 
     def _after(self, parameters: list[Tensor]) -> None:
-        if self.steps % self.k:
+        if self.taken % self.k:
             return
         slow, fast = self._anchor, self._wide(parameters)
         if self.adaptive:

@@ -31,11 +31,11 @@ class NALA(Wrapper):
         return (1 + position) / (1 + self.alpha_t)
 
     def _before(self, parameters: list[Tensor]) -> None:
-        if self.steps % self.k == 0:  # a sync: the buffer becomes x_t, recovered from y_t
+        if self.taken % self.k == 0:  # a sync: the buffer becomes x_t, recovered from y_t
             lerp_(self._anchor, self._wide(parameters), self._weight(0.0))
 
     def _after(self, parameters: list[Tensor]) -> None:
-        if self.steps % self.k:
+        if self.taken % self.k:
             self._now.alpha_t = 0.0
         if self.alpha_t:
             y = self._wide(parameters)

@@ -38,7 +38,7 @@ class SNOO(Wrapper):
         return position
 
     def _after(self, parameters: list[Tensor]) -> None:
-        if self.steps % self.k:
+        if self.taken % self.k:
             return
         slow, move = self._anchor, self._wide(parameters)
         torch._foreach_sub_(move, slow)  # fast - slow, that is -s

@@ -42,6 +42,7 @@ class Now:
     """What moves with the steps and the modes: one object, since proxies of an optimizer copy its attributes."""
 
     steps: int = 0  # completed
+    skipped: int = 0  # of them, not taken
     alpha_t: float = 0.0  # the alpha that made y_t
     y: list[Tensor] | None = None  # copy of y_t while the parameters hold another position
     position: float | None = None  # that position; None: the parameters hold y_t
@@ -75,6 +76,11 @@ class Wrapper(Optimizer):
     def steps(self) -> int:
         """Completed steps, the t of y_t."""
         return self._now.steps
+
+    @property
+    def taken(self) -> int:
+        """Completed steps that moved the weights."""
+        return self._now.steps - self._now.skipped
 
     @property
     def alpha_t(self) -> float:
@@ -129,6 +135,13 @@ class Wrapper(Optimizer):
         self._now.alpha_t = self.alpha(self.steps) if callable(self.alpha) else self.alpha
         self._after(parameters)
         return loss
+
+    def skip(self, steps: int = 1) -> None:
+        """Count steps that are not taken, as where a gradient is not finite: schedules go on, nothing else moves."""
+        self._now.steps += steps
+        self._now.skipped += steps
+        if isinstance(self.base, Wrapper):
+            self.base.skip(steps)
 
     def _then_begin(self, closure: Callable[[], Any], parameters: list[Tensor]) -> Callable[[], Any]:
         """The closure, followed the first time by `_before`: where it fails, nothing has changed."""
@@ -239,6 +252,7 @@ class Wrapper(Optimizer):
             "base_type": type(self.base).__name__,
             "base": self.base.state_dict(),
             "steps": self.steps,
+            "skipped": self._now.skipped,
             "alpha_t": self.alpha_t,
             "position": self._now.position,
             "y": self._now.y,
@@ -266,6 +280,7 @@ class Wrapper(Optimizer):
                     raise ValueError(f"{name}[{i}] is {tuple(tensor.shape)}, its parameter is {tuple(p.shape)}")
         load_own(self.base, state_dict["base"])
         self._now.steps = state_dict["steps"]
+        self._now.skipped = state_dict.get("skipped", 0)
         self._now.alpha_t = state_dict["alpha_t"]
         self._now.position = state_dict["position"]
         self._now.y = state_dict["y"] and [y.to(p, copy=True) for y, p in zip(state_dict["y"], parameters, strict=True)]

@@ -1,59 +1,179 @@
 """Checkpoints: complete or absent, tensors as safetensors, all else as JSON, no pickle.
 
-A state is a nest of dicts, lists, tuples, numbers, strings and tensors. `tensors.safetensors` holds the
-tensors under the path that leads to them, `state.json` the nest with those paths in their place.
+    step_00001000/tensors.safetensors    the tensors of the state, under the path that leads to them
+    step_00001000/state.json             the nest of dicts, lists and numbers with those paths in their place
+    step_00001000/SHA256SUMS             of both, for `sha256sum -c`
+    latest                               a text, the name of the newest; written last
+
+One rank writes a whole checkpoint: any number of ranks reads it. Where it is asynchronous, a thread
+writes a copy of the state while the training goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..errors import ConfigError
+from .logs import write_atomically
+
+FORMAT = 1
+FILES = ("tensors.safetensors", "state.json")
+SUMS = "SHA256SUMS"
+
+
+class Saver:
+    """Writes checkpoints into a folder, one at a time, and drops old ones. What the disk refuses is warned of, and the
+    checkpoint before it stands.
+
+    keep: the newest so many.  keep_every: those of every so many steps stay for good.  asynchronous: `save` returns
+    once the state is copied to the CPU.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int | None = None,
+        asynchronous: bool = False,
+        warn: Callable[[str], None] = print,
+    ):
+        self.folder, self.keep, self.keep_every, self.warn = folder, keep, keep_every, warn
+        self.pool = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self.writing: Future[None] | None = None
+        self.copies: dict[str, Tensor] = {}  # pinned, and used again
+        self.failed: OSError | None = None  # why the last one was not saved
+
+    def save(self, step: int, state: dict[str, Any], first: Callable[[], None] = lambda: None) -> None:
+        """first: what must be on the disk before it."""
+        self.wait()
+        tensors: dict[str, Tensor] = {}
+        nest = {"format": FORMAT, "state": _flatten(state, "", tensors, {})}
+        if self.pool is None:
+            self._try(step, tensors, nest, first)
+        else:
+            self.writing = self.pool.submit(self._try, step, self._copy(tensors), nest, first)
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk."""
+        if self.writing is not None:
+            self.writing.result()
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+
+    def _try(self, step: int, tensors: dict[str, Tensor], nest: dict[str, Any], first: Callable[[], None]) -> None:
+        try:
+            first()
+            self._write(step, tensors, nest)
+            self.failed = None
+        except OSError as e:
+            self.failed = e
+            held = ", ".join(p.name for p in list_checkpoints(self.folder)[-1:]) or "none"
+            self.warn(f"the checkpoint of step {step} is not saved ({e.strerror}); the last one is {held}; make room")
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are now, on the CPU."""
+        for name, tensor in tensors.items():
+            if name not in self.copies:
+                self.copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self.copies[name].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return {name: self.copies[name] for name in tensors}
+
+    def _write(self, step: int, tensors: dict[str, Tensor], nest: dict[str, Any]) -> None:
+        final = self.folder / f"step_{step:08d}"
+        aside = self.folder / f".{final.name}.writing"
+        for stale in self.folder.glob(".step_*.writing"):
+            shutil.rmtree(stale, ignore_errors=True)
+        try:
+            aside.mkdir(parents=True)
+            _save_tensors({name: t.contiguous() for name, t in tensors.items()}, aside / FILES[0])
+            (aside / FILES[1]).write_text(json.dumps(nest))
+            (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in FILES))
+            for path in (*aside.iterdir(), aside):
+                _sync(path)
+            if final.exists():  # damaged, and trained again
+                shutil.rmtree(final)
+            aside.rename(final)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)  # the room is needed
+            raise
+        _sync(self.folder)
+        write_atomically(self.folder / "latest", final.name + "\n")
+        for old in list_checkpoints(self.folder)[: -self.keep]:
+            if self.keep_every is None or step_of(old) % self.keep_every:
+                shutil.rmtree(old, ignore_errors=True)
+
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step_<step>` (written aside, synced, renamed), then drop all but the newest `keep`."""
-    final = folder / f"step_{step:08d}"
-    aside = folder / f".{final.name}.writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    nest = _flatten(state, "", tensors, {})
-    save_file({name: t.contiguous() for name, t in tensors.items()}, aside / "tensors.safetensors")
-    (aside / "state.json").write_text(json.dumps(nest))
-    for path in (*aside.iterdir(), aside):
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    _sync(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+    """Write `folder/step_<step>`, then drop all but the newest `keep`."""
+    Saver(folder, keep).save(step, state)
+    return folder / f"step_{step:08d}"
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state as it was saved, on the CPU."""
-    nest = json.loads((path / "state.json").read_text())
-    return _unflatten(nest, load_file(path / "tensors.safetensors"))
+    """The state as it was saved, on the CPU. Raises ConfigError for one of a newer version."""
+    nest = json.loads((path / FILES[1]).read_text())
+    if nest["format"] > FORMAT:
+        raise ConfigError(
+            f"{path} has format {nest['format']}, this version reads up to {FORMAT}; update ema-nesterov, or type "
+            "runs_dir=FOLDER to begin anew"
+        )
+    return _unflatten(nest["state"], load_file(path / FILES[0]))
+
+
+def whole(path: Path) -> bool:
+    """Whether the files of a checkpoint are those that were written, by their checksums."""
+    try:
+        sums = dict(line.split("  ")[::-1] for line in (path / SUMS).read_text().splitlines())
+        return all(sums[name] == _sha256(path / name) for name in FILES)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    return sorted(folder.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def save_weights(path: Path, model: torch.nn.Module) -> None:
     """The model's parameters as one safetensors file, tied ones once; written aside and renamed."""
     aside = path.with_name(f".{path.name}.writing")
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, aside)
-    _sync(aside)
-    aside.rename(path)
+    try:
+        _save_tensors({name: p.detach().contiguous() for name, p in model.named_parameters()}, aside)
+        _sync(aside)
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as e:  # what the disk said is in its text alone
+        if said := re.search(r"os error (\d+)", str(e)):
+            raise OSError(int(said[1]), os.strerror(int(said[1]))) from None
+        raise
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor], seen: dict[tuple, str]) -> Any:
@@ -83,6 +203,11 @@ def _unflatten(nest: Any, tensors: dict[str, Tensor]) -> Any:
     if "tuple" in nest:
         return tuple(_unflatten(v, tensors) for v in nest["tuple"])
     return {k: _unflatten(v, tensors) for k, v in nest["dict"]}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

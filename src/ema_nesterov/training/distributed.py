@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError
+
+PATIENCE = timedelta(minutes=10)  # with a rank that no longer answers; above the longest that one keeps others waiting
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", local)
 
 
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL error")
+    return isinstance(error, dist.DistBackendError) or any(text in str(error) for text in texts)
+
+
 @contextmanager
 def ranks(wanted_device: str) -> Iterator[Ranks]:
     """Join the process group that torchrun describes, if any, and leave it at the end."""
@@ -76,7 +85,7 @@ def ranks(wanted_device: str) -> Iterator[Ranks]:
         yield Ranks(0, 1, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None, timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), size, device)
     finally:

@@ -46,7 +46,7 @@ def at_iterate(optimizer: Optimizer) -> AbstractContextManager:
 def weight_ema(optimizer: Optimizer) -> EMANesterov | None:
     """The wrapper, this one or one inside it, whose anchor is the EMA of the weights, once it has one."""
     while isinstance(optimizer, Wrapper):
-        if isinstance(optimizer, EMANesterov) and optimizer.ema_decay > 0 and optimizer.steps > 0:
+        if isinstance(optimizer, EMANesterov) and optimizer.ema_decay > 0 and optimizer.taken > 0:
             return optimizer
         optimizer = optimizer.base
     return None

@@ -2,13 +2,14 @@
 
 While training, the parameters hold the lookahead point y_t. A step takes the gradient there, and the
 wrapper's `step()` leaves y_{t+1}; evaluation visits the iterate x_t and comes back. `step` counts
-completed optimizer steps, in the loop, in the logs and in the checkpoints.
+completed optimizer steps, in the loop, in the logs and in the checkpoints. A step whose loss or gradient
+is not finite on some rank is completed, but not taken.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,33 @@ from ..errors import ConfigError
 from ..lookahead import Wrapper
 from ..models import build_model
 from ..optim.build import build_optimizer
-from .checkpoint import load_checkpoint, save_checkpoint, save_weights
+from .checkpoint import Saver, load_checkpoint, save_weights
 from .distributed import Ranks
 from .evaluate import at_iterate, copy_iterate, mean_loss, probe, validate
+from .folder import Status
+from .fork import Fork
+from .health import Watch, examine
 from .logs import Logs, Silence
 from .speed import Clock
+from .stop import Stop
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and did after this step."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
 
 
 class Diverged(Exception):
-    """The training loss is no longer a number."""
+    """The losses are no longer numbers. ranks: on which, as far as known, and data: what those read."""
 
-    def __init__(self, step: int, loss: float):
-        super().__init__(f"training loss {loss} at step {step}; try a smaller learning rate or alpha")
+    def __init__(self, step: int, reason: str, ranks: list[int] | None = None, data: list[str] | None = None):
+        places = "; ".join(f"rank {rank} read {place}" for rank, place in zip(ranks or [], data or [], strict=True))
+        where = f" ({places})" if places else ""
+        super().__init__(f"{reason} at step {step}{where}; try a smaller learning rate or alpha")
+        self.step, self.ranks, self.data = step, ranks or [], data or []
 
 
 def train(
@@ -45,12 +61,16 @@ def train(
     dataset: Any,
     ranks: Ranks,
     micro_batch_size: int,
-    checkpoints: list[Path],
+    checkpoint: Path | None,
+    fork: Fork | None,
     logs: Logs | Silence,
+    status: Status,
+    stop: Stop,
 ) -> None:
-    """Train from the last checkpoint, or from the start, to `cfg.steps`.
+    """Train from the checkpoint, or the fork, or the start, to `cfg.steps`.
 
-    Raises Diverged when a logged loss is not finite, on all ranks alike.
+    Raises, on all ranks alike, Diverged after cfg.trainer.max_bad_steps steps in a row that could not be taken, or a
+    validation that is not finite, and Preempted when one of them was asked to stop; both after saving.
     """
     device = ranks.device
     torch.manual_seed(cfg.seed)
@@ -60,8 +80,14 @@ def train(
     optimizer = build_optimizer(model, cfg, ranks.group)
     lr, matrix_lr = lr_schedule(cfg), lr_schedule(cfg, matrix=True)
     momentum, alpha = momentum_schedule(cfg), alpha_schedule(cfg)
-    clock = Clock(cfg, model, ranks)
-    start = resume(checkpoints, model, optimizer, dataset, ranks, clock)
+    clock, watch = Clock(cfg, model, ranks), Watch(cfg.trainer.spike_window, cfg.trainer.skip_spikes)
+    start, validated = 0, not cfg.eval_every
+    if checkpoint is not None:
+        state = restore(checkpoint, model, optimizer)
+    elif fork is not None:
+        state = fork.restore(cfg, model, optimizer, ranks)
+    if checkpoint or fork:
+        start, validated = resume(state, dataset, ranks, clock, watch)
 
     compiled: Any = torch.compile(model, dynamic=False) if compiles(cfg, device) else model
     replica: Any = DistributedDataParallel(compiled) if ranks.size > 1 else compiled
@@ -80,64 +106,81 @@ def train(
     def log(step: int, **values: Any) -> None:
         logs.write({"step": step, "tokens": step * tokens_per_step, "time": clock.seconds(), **values})
 
-    def log_validation(step: int) -> None:
+    def log_validation(step: int) -> bool:
+        """Whether the losses are finite."""
         with clock.paused():
             losses = validate(optimizer, full_alpha, partial(evaluate, cfg.dataset.val_tokens))
             log(step, **losses, **derived(losses["val/loss"], bytes_per_token))
+        return math.isfinite(losses["val/loss"])
 
-    if start == 0 and cfg.eval_every:
-        log_validation(0)
-    clock.start(start)
+    def save(step: int, validated: bool) -> None:
+        with clock.paused():
+            state = training_state(step, validated, model, optimizer, dataset, ranks, clock, watch)
+            if ranks.is_first:
+                saver.save(step, state, logs.sync)
+                status.update(step=step)
+
+    asynchronous = device.type == "cuda" if cfg.trainer.async_checkpoints is None else cfg.trainer.async_checkpoints
+    keep = (cfg.trainer.keep_checkpoints, cfg.trainer.keep_every)
     batches = prefetch(read, range(start, cfg.steps), device, cfg.trainer.workers)
-    for step, batch in enumerate(batches, start=start + 1):  # the step that this pass completes
-        probing = cfg.probe_every and step % cfg.probe_every == 0
-        if probing:
-            with clock.paused():
-                previous = copy_iterate(optimizer)
-        for group in optimizer.param_groups:
-            matrix = group.get("role") == "matrix"
-            group["lr"] = group["initial_lr"] * (matrix_lr if matrix else lr)(step - 1)
-            if matrix and momentum is not None:
-                group["momentum"] = momentum(step - 1)
+    with closing(Saver(folder / "checkpoints", *keep, asynchronous, logs.warn)) as saver, closing(batches):
+        if not validated and not log_validation(start):  # at step 0, or where a stop left it out
+            raise Diverged(start, "validation loss is not finite")
+        clock.start(start)
+        for step, batch in enumerate(batches, start=start + 1):  # the step that this pass completes
+            probing = cfg.probe_every and step % cfg.probe_every == 0
+            if probing:
+                with clock.paused():
+                    previous = copy_iterate(optimizer)
+            for group in optimizer.param_groups:
+                matrix = group.get("role") == "matrix"
+                group["lr"] = group["initial_lr"] * (matrix_lr if matrix else lr)(step - 1)
+                if matrix and momentum is not None:
+                    group["momentum"] = momentum(step - 1)
 
-        loss = torch.zeros((), device=device)
-        weights = loss_weights(batch, ranks)
-        for i, (inputs, targets) in enumerate(batch):
-            last = i == len(batch) - 1
-            with nullcontext() if last or ranks.size == 1 else replica.no_sync():
-                with precision:
-                    micro_loss = replica(inputs, targets)  # nan where there is no target
-                    micro_loss = torch.where(weights[i] > 0, micro_loss * weights[i], 0.0)
-                micro_loss.backward()
-            loss += micro_loss.detach()
+            loss = forward_backward(replica, batch, ranks, precision)
+            norm = gradient_norm(model, cfg.trainer.grad_clip)
+            health = examine(loss, norm, stop.wanted(), ranks)
+            trouble = watch.judge(health)
+            if not trouble:
+                optimizer.step()
+            elif isinstance(optimizer, Wrapper):
+                optimizer.skip()
+            optimizer.zero_grad()
 
-        logged = step % cfg.log_every == 0 or step == cfg.steps
-        norm = gradient_norm(model, cfg.trainer.grad_clip) if logged or cfg.trainer.grad_clip else None
-        optimizer.step()
-        optimizer.zero_grad()
+            measured = {"train/loss": health.loss, "train/grad_norm": health.norm}
+            if trouble:
+                log(step, **measured, **{"train/skipped": watch.skipped})
+                logs.warn(f"step {step} is not taken: {trouble}")
+            elif step % cfg.log_every == 0 or step == cfg.steps:
+                if watch.zscore is not None:
+                    measured["train/loss_zscore"] = watch.zscore
+                rates = {"optim/lr": float(optimizer.param_groups[-1]["lr"]), "optim/alpha": alpha(step - 1)}
+                log(step, **measured, **rates, **clock.speed(step))
+            if probing:
+                with clock.paused():
+                    losses = probe(optimizer, previous, partial(evaluate, cfg.dataset.probe_tokens))
+                    for direction, position, value in losses:
+                        log(step, **{"probe/direction": direction, "probe/position": position, "probe/loss": value})
 
-        if logged:
-            value = (ranks.sum(loss) / ranks.size).item()
-            assert norm is not None
-            log(
-                step,
-                **{"train/loss": value, "train/grad_norm": float(norm)},
-                **{"optim/lr": float(optimizer.param_groups[-1]["lr"]), "optim/alpha": alpha(step - 1)},
-                **clock.speed(step),
-            )
-            if not math.isfinite(value):
-                raise Diverged(step, value)
-        if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
-            log_validation(step)
-        if probing:
-            with clock.paused():
-                losses = probe(optimizer, previous, partial(evaluate, cfg.dataset.probe_tokens))
-                for direction, position, value in losses:
-                    log(step, **{"probe/direction": direction, "probe/position": position, "probe/loss": value})
-        if step == cfg.steps or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
-            with clock.paused():
-                logs.sync()
-                checkpoint(folder, step, model, optimizer, dataset, ranks, clock, cfg.trainer.keep_checkpoints)
+            diverged: Diverged | None = None
+            if watch.in_a_row >= (min(2, cfg.trainer.max_bad_steps) if step == cfg.steps else cfg.trainer.max_bad_steps):
+                bad = health.bad_ranks or blame(model, replica, batch, ranks, precision)
+                data = [place(dataset, cfg, step - 1, rank, ranks.size, micro_batch_size) for rank in bad]
+                diverged = Diverged(step, f"{trouble}, the last of {watch.in_a_row} steps in a row", bad, data)
+            due = step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)
+            leaving = diverged or health.stop  # a stop leaves no time to validate: the next start does
+            if due and not leaving and not log_validation(step):
+                leaving = diverged = Diverged(step, "validation loss is not finite")
+            if leaving or step == cfg.steps or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
+                save(step, validated=not (due and leaving))
+            if leaving:
+                saver.wait()
+                ranks.barrier()  # torchrun ends the others when one does
+                raise diverged or Preempted(step)
+        saver.wait()
+        if ranks.is_first and saver.failed:
+            raise saver.failed
 
     if ranks.is_first:
         with at_iterate(optimizer):
@@ -146,6 +189,23 @@ def train(
 
 
 # --- the pieces of a step -------------------------------------------------------------------------
+
+
+def forward_backward(
+    replica: Any, batch: list[MicroBatch], ranks: Ranks, precision: AbstractContextManager, average: bool = True
+) -> Tensor:
+    """This rank's part of the global batch's mean loss; its gradient, averaged over ranks, is in the parameters."""
+    loss = torch.zeros((), device=ranks.device)
+    weights = loss_weights(batch, ranks)
+    for i, (inputs, targets) in enumerate(batch):
+        now = ranks.size == 1 or (average and i == len(batch) - 1)
+        with nullcontext() if now else replica.no_sync():
+            with precision:
+                micro_loss = replica(inputs, targets)  # nan where there is no target
+                micro_loss = torch.where(weights[i] > 0, micro_loss * weights[i], 0.0)
+            micro_loss.backward()
+        loss += micro_loss.detach()
+    return loss
 
 
 def loss_weights(batch: list[MicroBatch], ranks: Ranks) -> Tensor:
@@ -161,6 +221,24 @@ def gradient_norm(model: nn.Module, limit: float) -> Tensor:
     if limit:
         nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
     return norm
+
+
+def blame(
+    model: nn.Module, replica: nn.Module, batch: list[MicroBatch], ranks: Ranks, precision: AbstractContextManager
+) -> list[int]:
+    """The ranks whose own gradient is not finite, where their losses are: they take it again, and do not average."""
+    forward_backward(replica, batch, ranks, precision, average=False)
+    bad = not gradient_norm(model, 0.0).isfinite().item()
+    model.zero_grad()
+    return [rank for rank, is_bad in enumerate(ranks.gather(bad)) if is_bad]
+
+
+def place(dataset: Any, cfg: DictConfig, step: int, rank: int, ranks: int, micro_batch_size: int) -> str:
+    """What a rank reads in a step, for a person."""
+    if hasattr(dataset, "where"):
+        return dataset.where(step, cfg.batch_size, rank, ranks, micro_batch_size)
+    first = step * cfg.batch_size + rank * cfg.batch_size // ranks
+    return f"sequences {first} to {first + cfg.batch_size // ranks - 1}"
 
 
 def autocast(device: torch.device, wanted: bool) -> AbstractContextManager:
@@ -210,53 +288,53 @@ def derived(loss: float, bytes_per_token: float | None) -> dict[str, float]:
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def resume(
-    checkpoints: list[Path], model: nn.Module, optimizer: Optimizer, dataset: Any, ranks: Ranks, clock: Clock
-) -> int:
-    """Restore weights (y_t), optimizer, random state and elapsed time; returns the completed steps."""
-    if not checkpoints:
-        return 0
-    state = load_checkpoint(checkpoints[-1])
+def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Weights (y_t) and optimizer; returns all that was saved."""
+    state = load_checkpoint(checkpoint)
     saved, built = state["optimizer"].get("wrapper"), type(optimizer).__name__
     if (saved or "no wrapper") != (built if isinstance(optimizer, Wrapper) else "no wrapper"):
         raise ConfigError(
-            f"{checkpoints[-1]} holds {saved or 'no wrapper'}, this config builds {built}: probes keep a weight EMA; "
+            f"{checkpoint} holds {saved or 'no wrapper'}, this config builds {built}: probes keep a weight EMA; "
             "type the probe_every that the run began with"
         )
-    dataset.resume(state["data"])
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    return state
+
+
+def resume(state: dict[str, Any], dataset: Any, ranks: Ranks, clock: Clock, watch: Watch) -> tuple[int, bool]:
+    """Restore all else; returns the completed steps, and whether the last one's validation is done."""
+    dataset.resume(state["data"])
+    watch.resume(state["watch"])
     if len(state["rng"]) == ranks.size:
         rng = state["rng"][ranks.rank]
         torch.set_rng_state(rng["cpu"])
         if ranks.device.type == "cuda" and rng["cuda"] is not None:
             torch.cuda.set_rng_state(rng["cuda"])
     clock.earlier = state["seconds"]
-    return state["step"]
+    return state["step"], state["validated"]
 
 
-def checkpoint(
-    folder: Path,
+def training_state(
     step: int,
+    validated: bool,
     model: nn.Module,
     optimizer: Optimizer,
     dataset: Any,
     ranks: Ranks,
     clock: Clock,
-    keep: int,
-) -> None:
-    """Save everything that the next step depends on. All ranks call it; the first one writes."""
+    watch: Watch,
+) -> dict[str, Any]:
+    """Everything that the next step depends on. All ranks call it: where they share an optimizer's state they gather
+    it."""
     cuda = torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None
-    rng = ranks.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
-    optimizer_state = optimizer.state_dict()  # a collective where ranks share the state
-    if ranks.is_first:
-        state = {
-            "step": step,
-            "seconds": clock.seconds(),
-            "model": model.state_dict(),
-            "optimizer": optimizer_state,
-            "rng": rng,
-            "data": dataset.state(),
-        }
-        save_checkpoint(folder / "checkpoints", step, state, keep)
-    ranks.barrier()
+    return {
+        "step": step,
+        "validated": validated,
+        "seconds": clock.seconds(),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": ranks.gather({"cpu": torch.get_rng_state(), "cuda": cuda}),
+        "data": dataset.state(),
+        "watch": watch.state(),
+    }

@@ -1,33 +1,34 @@
-"""One run: its folder, its status, and what happens around the training loop."""
+"""One run: what happens around the training loop."""
 
 from __future__ import annotations
 
-import json
-import subprocess
+import errno
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..config import check
 from ..data.loader import TokenDataset
 from ..data.preparation.recipes import prepare_dataset, shards_folder
 from ..data.stream import StreamDataset
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError
 from ..plugins import instantiate
-from .checkpoint import list_checkpoints
-from .distributed import Ranks, ranks, world_size
-from .identity import run_hash
+from .checkpoint import list_checkpoints, step_of, whole
+from .distributed import Ranks, lost_rank, ranks, world_size
+from .folder import DIVERGED, FAILED, FINISHED, PREEMPTED, begin, claimed, read_status, status
+from .fork import Fork, open_fork
+from .identity import identity, run_folder
 from .logs import Silence, open_logs
-from .loop import Diverged, train
+from .loop import Diverged, Preempted, train
+from .stop import stop_requests
 
-FINISHED, FAILED, BAD_INPUT, DIVERGED = 0, 1, 2, 86  # exit codes
-STATUS = {FINISHED: "finished", DIVERGED: "diverged", FAILED: "failed"}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says
 
 
 def run(cfg: DictConfig) -> int:
@@ -36,8 +37,7 @@ def run(cfg: DictConfig) -> int:
     Raises UserError before anything is written when the config or the data cannot be run.
     """
     check(cfg)
-    identity = f"{cfg.name}-{run_hash(cfg)}"
-    folder = Path(cfg.runs_dir) / identity / f"seed{cfg.seed}"
+    folder = run_folder(cfg)
     micro_batch_size = split_batch(cfg, world_size())
     with (
         closing(open_dataset(cfg, micro_batch_size, world_size())) as dataset,
@@ -47,30 +47,80 @@ def run(cfg: DictConfig) -> int:
             if group.is_first:
                 print(f"{folder} is finished already; delete it, or change the seed, to train again")
             return FINISHED
-        if group.is_first:
-            begin(cfg, folder)
-        group.barrier()
-        checkpoints = list_checkpoints(folder / "checkpoints")
-        step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+        fork = open_fork(cfg) if cfg.fork_from is not None else None
         with (
-            status(folder, group, resumed_from=step if checkpoints else None) as outcome,
-            open_logs(cfg, folder, identity, step) if group.is_first else silence() as logs,
+            claimed(folder) if group.is_first else nullcontext(),
+            stop_requests(folder / "STOP" if group.is_first else None) as stop,
         ):
-            logs.say(describe(cfg, folder, group, micro_batch_size, step))
-            try:
-                train(cfg, folder, dataset, group, micro_batch_size, checkpoints, logs)
-            except Diverged as e:
-                outcome.update(exit_code=DIVERGED, message=str(e))
-                logs.say(f"diverged: {e}")
-            except torch.OutOfMemoryError:
-                fits = [m for m in range(1, micro_batch_size // 2 + 1) if micro_batch_size % m == 0]
-                advice = f"micro_batch_size={fits[-1]}" if fits else "a smaller seq_len or model"
-                message = f"out of memory with micro_batch_size={micro_batch_size}; type {advice}"
-                outcome.update(exit_code=FAILED, message=message)
-                print(f"error: {message}", file=sys.stderr, flush=True)
-            finally:
-                outcome["step"] = max(outcome["step"], logs.step)
-        return outcome["exit_code"]
+            checkpoint, warnings = choose_checkpoint(folder, group)
+            step = step_of(checkpoint) if checkpoint else fork.step if fork else 0
+            if group.is_first:
+                warnings += begin(cfg, folder, step)
+            group.barrier()
+            with (
+                open_logs(cfg, folder, identity(cfg), step if checkpoint else 0)
+                if group.is_first
+                else silence() as logs,
+                status(folder, group.is_first, step if checkpoint else None) as state,
+            ):
+                if fork and not checkpoint:
+                    for line in fork.metrics():
+                        logs.repeat(line)
+                logs.say(describe(cfg, folder, group, micro_batch_size, step, fork))
+                for warning in warnings:
+                    logs.warn(warning)
+                try:
+                    train(cfg, folder, dataset, group, micro_batch_size, checkpoint, fork, logs, state, stop)
+                    state.update(FINISHED, step=cfg.steps)
+                except Preempted as e:
+                    state.update(PREEMPTED, step=e.step, message=f"stopped by {stop.asked or 'another rank'}")
+                    logs.say(f"preempted at step {e.step}; type the same command to go on")
+                except Diverged as e:
+                    state.update(DIVERGED, step=e.step, message=str(e), ranks=e.ranks, data=e.data)
+                    logs.say(f"diverged: {e}")
+                except torch.OutOfMemoryError:
+                    fits = [m for m in range(1, micro_batch_size // 2 + 1) if micro_batch_size % m == 0]
+                    advice = f"micro_batch_size={fits[-1]}" if fits else "a smaller seq_len or model"
+                    fail(state, f"out of memory with micro_batch_size={micro_batch_size}; type {advice}")
+                except OSError as e:
+                    if e.errno not in FULL:
+                        raise
+                    fail(state, f"{folder}: {e.strerror}; make room, then type the same command to go on")
+                except RuntimeError as e:
+                    if not lost_rank(e):
+                        raise
+                    fail(state, "another rank ended; its own message tells why; type the same command to go on")
+        if stop.asked and state.exit_code == PREEMPTED and group.is_first:
+            print(f"{time.monotonic() - stop.at:.1f} s from {stop.asked} to the end", flush=True)
+        assert state.exit_code is not None
+        return state.exit_code
+
+
+def fail(state: Any, message: str) -> None:
+    """One line instead of a traceback, from whichever rank it happened to."""
+    state.writes = True
+    state.update(FAILED, message=message)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def choose_checkpoint(folder: Path, group: Ranks) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose checksums hold, as the first rank finds it, and a line for each that it passed over.
+
+    Raises ConfigError when there are some and none is whole.
+    """
+    found: list[Any] = [None, []]
+    if group.is_first:
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        found[0] = next((path for path in reversed(checkpoints) if whole(path)), None)
+        passed = [path for path in checkpoints if found[0] is None or step_of(path) > step_of(found[0])]
+        found[1] = [f"{path} is damaged; going on from the one before it" for path in reversed(passed)]
+        if passed and found[0] is None:
+            raise ConfigError(
+                f"{', '.join(path.name for path in passed)} in {folder / 'checkpoints'} are damaged and there is no "
+                f"other; delete {folder} to begin anew"
+            )
+    path, warnings = group.gather(found)[0]
+    return path, warnings
 
 
 def split_batch(cfg: DictConfig, size: int) -> int:
@@ -107,77 +157,16 @@ def open_dataset(cfg: DictConfig, micro_batch_size: int, ranks: int) -> Any:
     return dataset
 
 
-def describe(cfg: DictConfig, folder: Path, group: Ranks, micro_batch_size: int, step: int) -> str:
+def describe(
+    cfg: DictConfig, folder: Path, group: Ranks, micro_batch_size: int, step: int, fork: Fork | None = None
+) -> str:
     micro_steps = cfg.batch_size // (micro_batch_size * group.size)
+    begins = "training" if not step else f"{'forking' if fork and step == fork.step else 'resuming'} at step {step}"
     return (
-        f"{'resuming at step ' + str(step) if step else 'training'}: {folder}\n"
+        f"{begins}: {folder}\n"
         f"{group.size} x {group.device.type}, {cfg.steps} steps of {cfg.batch_size} x {cfg.seq_len} tokens "
         f"({micro_steps} micro-batches of {micro_batch_size} per rank)"
     )
-
-
-# --- the folder -----------------------------------------------------------------------------------
-
-
-def begin(cfg: DictConfig, folder: Path) -> None:
-    """Make the folder and write config.yaml. Raises ConfigError when that is not possible."""
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        resolved = OmegaConf.to_yaml(cfg, resolve=True)
-        header = "".join(f"# {key}: {value}\n" for key, value in provenance().items())
-        write_atomically(folder / "config.yaml", header + resolved)
-    except OSError as e:
-        raise ConfigError(f"cannot write run folder {folder}: {e.strerror}; type runs_dir=FOLDER") from None
-
-
-def provenance() -> dict[str, str]:
-    """The git revision of this code and the versions of the packages that decide the numbers."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        revision = ""
-    packages = {}
-    for name in ("ema-nesterov", "torch", "numpy", "transformers", "tokenizers", "omegaconf"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
-    return {"git": revision or "unknown", "python": sys.version.split()[0], **packages}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text)
-    aside.rename(path)
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    path = folder / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-@contextmanager
-def status(folder: Path, group: Ranks, resumed_from: int | None) -> Iterator[dict[str, Any]]:
-    """Keep status.json true: running now, and what came out at the end, also when the run raises."""
-    outcome: dict[str, Any] = {"step": resumed_from or 0, "message": "", "exit_code": FINISHED}
-
-    def write(name: str, **values: Any) -> None:
-        state = {"status": name, **outcome, **values, "resumed_from": resumed_from}
-        write_atomically(folder / "status.json", json.dumps(state) + "\n")
-
-    if group.is_first:
-        write("running", exit_code=None)
-    try:
-        yield outcome
-    except UserError as e:
-        write("failed", message=str(e), exit_code=BAD_INPUT)
-        raise
-    except BaseException as e:
-        write("failed", message=f"{type(e).__name__}: {e}".removesuffix(": "), exit_code=FAILED)
-        raise
-    if group.is_first or outcome["exit_code"] == FAILED:
-        write(STATUS[outcome["exit_code"]])
 
 
 @contextmanager
