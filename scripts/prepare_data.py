@@ -50,20 +50,22 @@ def inspect() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from ema_nesterov.cli import explain
+    from ema_nesterov.cli import explain, watched_composition
     from ema_nesterov.data.preparation.inspect import show, verify
     from ema_nesterov.data.preparation.recipes import shards_folder
     from ema_nesterov.errors import ConfigError
 
     command, *arguments = sys.argv[1:]
-    if not arguments:
+    if not arguments or not arguments[0] or arguments[0].startswith("-"):
         raise ConfigError(f"{command} what? type prepare_data.py {command} FOLDER")
     if "=" in arguments[0]:
         try:
-            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            with watched_composition(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
                 folder = shards_folder(compose("train", arguments).dataset)
         except (HydraException, OmegaConfBaseException) as e:
             raise ConfigError(explain(e, CONFIGS)) from None
+    elif len(arguments) > 1:
+        raise ConfigError(f"{command} takes one folder, not {len(arguments)}; type prepare_data.py {command} FOLDER")
     else:
         folder = Path(arguments[0])
     (verify if command == "verify" else show)(folder)
@@ -73,6 +75,6 @@ if __name__ == "__main__":
     if set(sys.argv[1:]) & {"-h", "--help"} or len(sys.argv) == 1:
         print(__doc__)
     elif "=" not in sys.argv[1] and sys.argv[1] not in ("verify", "show") and not sys.argv[1].startswith("-"):
-        fail(f"unknown command {sys.argv[1]}; type verify FOLDER, show FOLDER, or dataset=NAME")
+        fail(f"unknown command {sys.argv[1]!r}; type verify FOLDER, show FOLDER, or dataset=NAME")
     else:
         guard(inspect) if sys.argv[1] in ("verify", "show") else guard(main, CONFIGS)

@@ -47,7 +47,7 @@ def main() -> None:
 
     if args.mode == "online":
         require_key()
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     failed = 0
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for folder in progress.track(folders, description="runs"):

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
@@ -27,12 +28,13 @@ from .config import check_secrets
 from .errors import ConfigError, UserError
 
 BAD_INPUT = 2
+NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
 # Hydra's own keys as configs/train.yaml sets them. It instantiates what stands under some of them, and runs what
 # stands in a logging config; others write elsewhere.
 FIXED: dict[str, Any] = {
     "launcher._target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "sweeper._target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-    **{"callbacks": {}, "searchpath": [], "hydra_logging.root": None, "job_logging.root": None},
+    **{"callbacks": {}, "searchpath": [], "hydra_logging": NO_LOGGING, "job_logging": NO_LOGGING},
     **{"run.dir": ".", "sweep.dir": "${runs_dir}", "sweep.subdir": ".", "output_subdir": None},
     **{"job.chdir": False, "job.env_set": {}, "job.env_copy": []},
 }
@@ -89,7 +91,7 @@ def job(run: Callable[[DictConfig], int], cfg: DictConfig) -> None:
 
 def fail(message: str) -> NoReturn:
     """Print the one line and exit. Rank 0 goes first: torchrun ends the others as soon as one exits."""
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0").strip("0").isdigit():
         time.sleep(5)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(BAD_INPUT)
@@ -102,14 +104,15 @@ def read_arguments(arguments: list[str]) -> None:
     """Raise ConfigError for what Hydra would answer with its usage, or take as leave to run what it is given."""
 
     def refuse(message: str) -> NoReturn:
-        misplaced = "; type flags such as -m behind all KEY=VALUE" if "unrecognized" in message and "=" in message else ""
-        raise ConfigError(f"{message}{misplaced or '; --help shows what can be typed'}")
+        misplaced = "unrecognized" in message and "=" in message
+        advice = "type flags such as -m behind all KEY=VALUE" if misplaced else "--help shows what can be typed"
+        raise ConfigError(f"{message}; {advice}")
 
     parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign, assignment]
+    parser.error = refuse  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
     if given.experimental_rerun is not None:
-        raise ConfigError("--experimental-rerun would run what a pickle holds; the same command as before resumes a run")
+        raise ConfigError("--experimental-rerun would run what a pickle holds; type the run's own command, it resumes")
     if given.config_path is not None or given.config_name not in (None, "train"):
         raise ConfigError("--config-path and --config-name are fixed; type --config-dir=FOLDER to add configs of yours")
     for override in given.overrides:
@@ -123,8 +126,8 @@ def read_arguments(arguments: list[str]) -> None:
 @contextmanager
 def watched_composition() -> Iterator[None]:
     """Every config that Hydra composes within is looked at before Hydra acts on it: files can set all that
-    command lines can."""
-    load = ConfigLoaderImpl.load_configuration
+    command lines can. And flags alone say whether to run or to sweep: Hydra composes all once more to ask a file."""
+    load, mode = ConfigLoaderImpl.load_configuration, Hydra.get_mode
 
     def watched(self: ConfigLoaderImpl, config_name: str | None, *args: Any, **kwargs: Any) -> DictConfig:
         cfg = load(self, config_name, *args, **kwargs)
@@ -133,11 +136,12 @@ def watched_composition() -> Iterator[None]:
             check_secrets(cfg)
         return cfg
 
-    ConfigLoaderImpl.load_configuration = watched  # type: ignore[method-assign, assignment]
+    patched: Any = ConfigLoaderImpl, Hydra
+    patched[0].load_configuration, patched[1].get_mode = watched, lambda *args, **kwargs: None
     try:
         yield
     finally:
-        ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
+        patched[0].load_configuration, patched[1].get_mode = load, mode
 
 
 def refuse_foreign(cfg: DictConfig) -> None:
@@ -157,9 +161,13 @@ def parse(schema: type, arguments: list[str]) -> Any:
             raise ConfigError(f"{argument!r} is not KEY=VALUE; the keys are {', '.join(map(str, defaults))}")
         if key not in defaults:
             raise ConfigError(f"unknown key {key}; {suggest(key, map(str, defaults))}")
+        try:
+            OmegaConf.from_dotlist([argument])
+        except YAMLError:
+            raise ConfigError(unreadable(argument)) from None
     try:
         return OmegaConf.to_object(OmegaConf.merge(defaults, OmegaConf.from_dotlist(arguments)))
-    except (OmegaConfBaseException, YAMLError) as e:
+    except OmegaConfBaseException as e:
         raise ConfigError(explain(e, None)) from None
 
 
@@ -174,12 +182,14 @@ def explain(error: Exception, configs: Path | None) -> str:
     if isinstance(error, OverrideParseException):
         return unreadable(error.override)
     full_key = re.search(r"full_key: (\S+)", text)
-    override = re.search(r"Error merging override (.*?): ?(?:\n|$)", text, re.DOTALL)
+    override = re.search(r"Error merging override (.*)", text)
     key = key_of(override[1]) if override else full_key[1] if full_key else ""
     for pattern, wanted in WANTED.items():
         if key and re.search(pattern, text):
             file = re.search(r"In '([^']+)'", text)
             return f"{override[1] if override else key} {wanted.format(key=key)}" + (f" (in {file[1]})" if file else "")
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]} has no value; type {missing[1]}=VALUE"
     if configs is not None and (known := explain_choice(text, full_key[1] if full_key else None, configs)):
         return known
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith(("    ", "See http"))]
@@ -236,10 +246,10 @@ def unknown_key(key: str, configs: Path) -> str:
     valid, group = [*keys(cfg), *groups], key.partition(".")[0]
     if key in groups:
         return f"{key} is a group; type {key}=OPTION, or {key}.KEY=VALUE for one of its keys"
+    if key not in map(key_of, overrides()) and group in groups:  # it stands in a file, for a group that was replaced
+        return f"the experiment sets {key}, which the chosen {group} does not have; choose an experiment made for it"
     if key in valid:
         return f"{key} does not go with the other arguments; leave it or one of them out"
-    if key not in map(key_of, overrides()) and group in groups:  # it stands in a file, another choice replaced the group
-        return f"the experiment sets {key}, which the chosen {group} does not have; choose an experiment made for it"
     return f"unknown key {key}; {suggest(key, valid)}"
 
 

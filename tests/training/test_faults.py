@@ -153,11 +153,16 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, sample: Path) 
     options = ["optimizer=slow", "plugins=[slow]", f"dataset.path={sample}", f"runs_dir={tmp_path}"]
     process = started(*options, configs=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert process.stdout is not None
-    while "stepping" not in process.stdout.readline():
-        assert process.poll() is None, process.communicate()[0]
+
+    def read_until(text: str) -> None:
+        lines = []
+        while text not in "".join(lines[-1:]):
+            lines.append(process.stdout.readline())  # type: ignore[union-attr]
+            assert lines[-1], lines
+
+    read_until("stepping")
     process.send_signal(signal.SIGTERM)
-    while "a second one stops at once" not in process.stdout.readline():
-        assert process.poll() is None, process.communicate()[0]
+    read_until("a second one stops at once")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 128 + signal.SIGTERM
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +115,20 @@ def offline_rows(folder: Path) -> list[dict[str, Any]]:
     return history
 
 
-def services() -> list[int]:
-    """The processes named wandb-core that descend from this one."""
+def service() -> tuple[int, int]:
+    """The process named wandb-core that descends from this one, and the mirror that started it."""
     parents, names = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, name, _, parent = re.match(r"(\d+) \((.*)\) (\S) (\d+)", stat.read_text()).groups()  # type: ignore[union-attr]
-        except OSError:  # it has ended
-            continue
-        parents[int(pid)], names[int(pid)] = int(parent), name
+        with suppress(OSError):  # it has ended
+            pid, rest = stat.read_text().split(" (", 1)
+            name, fields = rest.rsplit(") ", 1)
+            parents[int(pid)], names[int(pid)] = int(fields.split()[1]), name
 
     def ours(pid: int) -> bool:
         return pid == os.getpid() or (pid in parents and ours(parents[pid]))
 
-    return [pid for pid, name in names.items() if name == "wandb-core" and ours(pid)]
+    (found,) = [pid for pid, name in names.items() if name == "wandb-core" and ours(pid)]
+    return found, parents[found]
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -170,8 +171,7 @@ def test_a_service_killed_in_the_middle_costs_the_training_nothing_and_sync_send
         write(self, line)
         if line["step"] == 5 and "train/loss" in line:
             wait_for(lambda: server.runs)
-            (service,) = services()
-            os.kill(service, signal.SIGKILL)
+            os.kill(service()[0], signal.SIGKILL)
 
     monkeypatch.setattr(Logs, "write", interrupted)
     folder = train(tmp_path, sample)
@@ -183,9 +183,17 @@ def test_a_service_killed_in_the_middle_costs_the_training_nothing_and_sync_send
     assert the_run(server).exit_code == 0
 
 
-@pytest.mark.parametrize("hung", ["service", "server"])
-def test_a_hung_mirror_is_left_behind(
-    hung: str,
+@pytest.mark.parametrize(
+    ("trouble", "line"),
+    [
+        ("service hangs", "W&B has not taken everything within 2 s"),
+        ("server hangs", "W&B has not taken everything within 2 s"),
+        ("mirror killed", "the W&B mirror was killed"),
+    ],
+)
+def test_a_mirror_in_trouble_is_left_behind(
+    trouble: str,
+    line: str,
     folder: Path,
     server: WandbServer,
     monkeypatch: pytest.MonkeyPatch,
@@ -193,34 +201,35 @@ def test_a_hung_mirror_is_left_behind(
 ) -> None:
     started = []
 
-    def hang() -> None:
+    def act() -> None:
         wait_for(lambda: server.runs)
-        started.extend(services())
-        if hung == "service":
+        started.extend(service())
+        if trouble == "service hangs":
             os.kill(started[0], signal.SIGSTOP)
-        else:
+        elif trouble == "server hangs":
             server.answers.clear()
+        else:
+            os.kill(started[1], signal.SIGKILL)
+            wait_for(lambda: line in capsys.readouterr().out)
 
     monkeypatch.setattr(mirror, "PATIENCE", 2.0)
     try:
-        assert mirrored(folder, 5, hang) < 5
+        assert mirrored(folder, 5, act) < 5
     finally:
-        for service in started:
-            os.kill(service, signal.SIGKILL)
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("W&B has not taken everything within 2 s;")
-    assert said.endswith(f"type python scripts/sync_wandb.py {folder}")
+        with suppress(ProcessLookupError):
+            os.kill(started[0], signal.SIGKILL)
+    if trouble != "mirror killed":
+        assert capsys.readouterr().out.splitlines()[-1].startswith(line)
 
 
 def test_a_training_does_not_wait_for_a_server_that_cannot_be_reached(
-    tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with WandbServer() as closed:
         pass
     use(closed.url, monkeypatch)
     monkeypatch.setattr(mirror, "PATIENCE", 1.0)
-    folder = train(tmp_path, sample)
-    assert read_status(folder)["status"] == "finished"
+    assert mirrored(folder, 5) < 3
     assert capsys.readouterr().out.count(f"type python scripts/sync_wandb.py {folder}") == 1
 
 
@@ -322,7 +331,6 @@ def test_what_sync_cannot_do_is_one_line(folder: Path, tmp_path: Path) -> None:
     for arguments, line in (
         ([folder], "W&B has no key; type wandb login, or mode=offline"),
         ([], "no run folder"),
-        ([tmp_path / "none"], "does not exist"),
         ([folder, "mod=offline"], "unknown key mod; did you mean mode?"),
     ):
         done = sync(*arguments)

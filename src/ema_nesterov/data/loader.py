@@ -53,10 +53,14 @@ class TokenDataset:
         self.windows = order.Windows(self.sizes, seq_len, spare, seed if cfg.shuffle else None)
         self.val = Validation(self.folder, cfg, vocab_size, seq_len)
         if self.windows.count < 1:
-            raise DataError(f"{self.folder} holds {sum(self.sizes)} training tokens, fewer than seq_len={seq_len}")
+            raise DataError(
+                f"{self.folder} holds {sum(self.sizes)} training tokens, fewer than seq_len={seq_len}; type a smaller "
+                "seq_len or dataset.path=FOLDER"
+            )
 
     def require(self, steps: int, batch_size: int, micro_batch_size: int, ranks: int) -> None:
-        """Raise DataError when the run needs more tokens than max_epochs passes hold."""
+        """Raise DataError when the run needs more tokens than max_epochs passes hold, or what it reads first was
+        altered."""
         if self.order == "nanogpt_124m":  # what is read depends on them
             self.reading = [ranks, micro_batch_size]
 
@@ -65,6 +69,8 @@ class TokenDataset:
 
         most = held(self.cfg.max_epochs)
         if steps <= most:
+            self.train.expect(int(self._starts(0, batch_size, 0, ranks, micro_batch_size)[0])).result()
+            self.val.tokens.expect(0).result()
             return
         epochs = self.cfg.max_epochs
         while held(epochs) < steps and epochs < 1_000_000:
@@ -169,6 +175,12 @@ class Validation:
         self.count = (len(self.tokens) - int(cfg.layout == "stream")) // seq_len
         self.ends = self._targets()  # targets in the first 1, 2, ... examples, as far as any evaluation reads
         held = int(self.ends[-1]) if len(self.ends) else 0
+        self.lengths = load_token_bytes(folder)
+        if held < seq_len and cfg.layout == "stream":
+            raise DataError(
+                f"{folder} holds {len(self.tokens)} validation tokens, fewer than seq_len={seq_len}; type a smaller "
+                "seq_len, or prepare more"
+            )
         if held < (cfg.val_tokens or 1):
             raise DataError(
                 f"dataset.val_tokens={cfg.val_tokens}, but {folder} holds {held} validation targets in whole examples; "
@@ -190,7 +202,7 @@ class Validation:
         return min(whole, len(self.ends))
 
     def bytes_per_token(self) -> float | None:
-        lengths = load_token_bytes(self.folder)
+        lengths = self.lengths
         if lengths is None or len(lengths) <= int(self.largest):
             return None
         total = count = 0

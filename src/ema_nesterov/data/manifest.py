@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..errors import DataError
 from .shards import find_shards, open_shard, read_header, sha256
 
 FORMAT = 1
+LAYOUTS = (("stream", False, False), ("rows", True, True))  # and whether they have a row_len and a pad_id
 NAME, TOKEN_BYTES = "manifest.json", "token_bytes.npy"
 
 
@@ -80,10 +82,13 @@ def load_manifest(folder: Path) -> Manifest | None:
         values = {f.name: values[f.name] for f in fields(Manifest)}
         manifest = Manifest(**{**values, "shards": [Shard(**s) for s in values["shards"]]})
         _require_types(manifest)
+        _require_sense(manifest)
         return manifest
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except NotADirectoryError:
+        raise DataError(f"{folder} is no folder; type dataset.path=FOLDER") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise DataError(
             f"{path} cannot be read ({type(e).__name__}: {e}); delete the folder and prepare the data again"
         ) from None
@@ -106,6 +111,31 @@ def _require_types(manifest: Manifest) -> None:
             raise TypeError(f"unexpected value {value!r}")
         if isinstance(value, int) and value < 0:
             raise TypeError(f"unexpected value {value}")
+
+
+def _require_sense(manifest: Manifest) -> None:
+    """Raise ValueError for values of the right types that none of our writers writes; a name leads nowhere but into
+    the folder."""
+    files = [s.file for s in manifest.shards]
+    if strange := [name for name in files if not re.fullmatch(r"[^/\\\0]*_(train|val)_[^/\\\0]*\.bin", name)]:
+        raise ValueError(f"{strange[0]!r} is no name of a shard")
+    if len(set(files)) < len(files):
+        raise ValueError("it lists a shard twice")
+    file, vocab_size, cursor = manifest.tokenizer["file"], manifest.tokenizer["vocab_size"], manifest.cursor
+    if file is not None and (Path(file).name != file or "\0" in file):
+        raise ValueError(f"{file!r} is no name of a tokenizer's file")
+    if vocab_size is not None and not 0 < vocab_size <= 2**32:
+        raise ValueError(f"no tokenizer has {vocab_size} tokens")
+    if (manifest.layout, (manifest.row_len or 0) > 1, manifest.pad_id is not None) not in LAYOUTS:
+        raise ValueError(f"layout {manifest.layout}, row_len {manifest.row_len} and pad_id {manifest.pad_id}")
+    if cursor is not None:
+        for key in ("source", "documents", "before"):
+            if type(cursor[key]) is not int or cursor[key] < 0:
+                raise ValueError(f"{key} {cursor[key]!r} of the cursor")
+        if not re.fullmatch(r"\.pending_\d+\.npz", str(cursor["pending"])):
+            raise ValueError(f"{cursor['pending']!r} is no name of a file of pending tokens")
+        if cursor["short"] not in (None, *files):
+            raise ValueError(f"{cursor['short']!r} is not among its shards")
 
 
 def adopt(folder: Path, d: DictConfig, hub_sha256: dict[str, str] | None = None) -> Manifest:
@@ -155,7 +185,8 @@ def _describe(folder: Path, paths: list[Path], d: DictConfig) -> Manifest:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         shards = list(pool.map(describe_shard, paths))
     tokenizer = {"name": d.tokenizer, "sha256": None, "vocab_size": d.vocab_size, "file": None}
-    return Manifest(f"shards found in {folder.name}", tokenizer, d.layout, d.row_len, d.pad_id, shards)
+    row_len, pad_id = (d.row_len, d.pad_id) if d.layout == "rows" else (None, None)
+    return Manifest(f"shards found in {folder.name}", tokenizer, d.layout, row_len, pad_id, shards)
 
 
 def describe_shard(path: Path) -> Shard:
@@ -185,8 +216,13 @@ def save_token_bytes(folder: Path, token_bytes: list[int] | None) -> None:
 
 def load_token_bytes(folder: Path) -> np.ndarray | None:
     path = folder / TOKEN_BYTES
+    if not path.exists():
+        return None
     try:
-        return np.load(path) if path.exists() else None
+        lengths = np.load(path, allow_pickle=False)
+        if not isinstance(lengths, np.ndarray) or lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+            raise ValueError
+        return lengths
     except (OSError, ValueError, EOFError):
         raise DataError(f"{path} is damaged; delete it (no bits per byte then), or prepare the data again") from None
 
@@ -208,7 +244,7 @@ def require_fit(folder: Path, manifest: Manifest, d: DictConfig, vocab_size: int
     if d.tokenizer not in (None, name) and not _is_file_of(d.tokenizer, manifest):
         raise DataError(
             f"{folder} holds tokens of {name}, dataset {d.name} is of {d.tokenizer}; "
-            f"type dataset.path=FOLDER or dataset.tokenizer={name}"
+            f"type dataset.path=FOLDER or dataset.tokenizer={_written(name)}"
         )
     if (manifest.tokenizer["vocab_size"] or 0) > vocab_size:
         raise DataError(
@@ -217,9 +253,9 @@ def require_fit(folder: Path, manifest: Manifest, d: DictConfig, vocab_size: int
         )
     if d.layout != manifest.layout:
         raise DataError(
-            f"{folder} is laid out as {manifest.layout}, dataset {d.name} reads {d.layout}; "
-            f"type dataset.layout={manifest.layout}"
-            + (f" dataset.row_len={manifest.row_len} dataset.pad_id={manifest.pad_id}" if manifest.row_len else "")
+            f"{folder} is laid out as {manifest.layout}, dataset {d.name} reads {d.layout}; type "
+            f"dataset.layout={manifest.layout} dataset.row_len={_written(manifest.row_len)} "
+            f"dataset.pad_id={_written(manifest.pad_id)}"
         )
     if manifest.layout == "rows" and (manifest.row_len != seq_len or manifest.pad_id != d.pad_id):
         raise DataError(
@@ -245,6 +281,11 @@ def require_fit(folder: Path, manifest: Manifest, d: DictConfig, vocab_size: int
             f"{folder} holds {extra[0]}, which its manifest does not list; move it away, or delete {NAME}, "
             "which is then made anew"
         )
+
+
+def _written(value: object) -> str:
+    """As it is typed."""
+    return "null" if value is None else str(value)
 
 
 def _is_file_of(spec: str, manifest: Manifest) -> bool:

@@ -58,9 +58,9 @@ class Tokens:
             )
         return rows
 
-    def expect(self, start: int) -> None:
+    def expect(self, start: int) -> Future[None]:
         """The shard of this position will be read soon: compare its checksum meanwhile."""
-        self._check(int(np.searchsorted(self.ends, start, side="right")))
+        return self._check(int(np.searchsorted(self.ends, start, side="right")))
 
     def place(self, start: int) -> str:
         """Where a position is, for a person."""

@@ -150,11 +150,11 @@ def _from_json(path: Path) -> Tokenizer:
     digest = _hash(path)
     try:
         rust = Rust.from_str(json.dumps(_without_sentinels(json.loads(path.read_text()))))
+        rust.no_truncation()
+        rust.no_padding()
+        bare, whole = (rust.encode("a", add_special_tokens=add).ids for add in (False, True))
     except Exception as e:  # the library raises bare Exceptions
-        raise DataError(f"{path} is not a tokenizer.json ({e}); type dataset.tokenizer=FILE") from None
-    rust.no_truncation()
-    rust.no_padding()
-    bare, whole = (rust.encode("a", add_special_tokens=add).ids for add in (False, True))
+        raise DataError(f"{path} is not a tokenizer.json that works ({e}); type dataset.tokenizer=FILE") from None
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     before, after = tuple(whole[:at]), tuple(whole[at + len(bare) :])
     if not before and not after:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -74,6 +76,19 @@ def lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistBackendError) or any(text in str(error) for text in texts)
 
 
+def end_with_torchrun() -> None:
+    """torchrun, once killed, can end its workers no more: each looks after that itself."""
+    torchrun = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == torchrun:
+            time.sleep(1)
+        os.write(2, b"error: torchrun was killed; type the same command to go on\n")
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
+
+
 @contextmanager
 def ranks(wanted_device: str) -> Iterator[Ranks]:
     """Join the process group that torchrun describes, if any, and leave it at the end."""
@@ -84,6 +99,8 @@ def ranks(wanted_device: str) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(0, 1, device)
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_torchrun()
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, device_id=device if backend == "nccl" else None, timeout=PATIENCE)
     try:

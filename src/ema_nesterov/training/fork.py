@@ -69,7 +69,7 @@ def open_fork(cfg: DictConfig) -> Fork:
     if checkpoint is None:
         steps = ", ".join(str(step_of(path)) for path in held) or "none"
         raise ConfigError(
-            f"fork_from: {folder} has no checkpoint of step {step}, but of {steps}; trainer.keep_every=N keeps every Nth"
+            f"fork_from: {folder} has no checkpoint of step {step}, but of {steps}; trainer.keep_every=N keeps more"
         )
     if not whole(checkpoint):
         raise ConfigError(f"fork_from: {checkpoint} is damaged; choose another step")

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl (the truth), W&B (its mirror) and the terminal."""
+"""Where a run's numbers go: metrics.jsonl, which W&B mirrors, and the terminal."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .mirror import Mirror, mirror
+from .mirror import mirror
 
 
 class Logs:
-    """Writes one line of metrics at a time to every place. Rank 0 has one; `Silence` is the others'.
+    """Writes one line of metrics at a time, and tells the person who watches. Rank 0 has one; `Silence` is the others'.
 
     file: unbuffered. What a full disk does not take waits in memory.
     """
 
-    def __init__(self, file: BinaryIO, mirror: Mirror, progress: Progress | None, total_steps: int):
-        self.file, self.mirror, self.progress = file, mirror, progress
+    def __init__(self, file: BinaryIO, progress: Progress | None, total_steps: int):
+        self.file, self.progress = file, progress
         self.total_steps = total_steps
         self.task = progress.add_task("", total=total_steps) if progress else None
         self.printed = 0.0
@@ -36,7 +36,7 @@ class Logs:
         self.told = False  # that the disk takes nothing
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one object to metrics.jsonl and mirror it. `line` has "step", "tokens" and "time"; a number that is
+        """Append one object to metrics.jsonl. `line` has "step", "tokens" and "time"; a number that is
         not finite becomes null."""
         finite = self.repeat(line)
         if "val/loss" in finite:
@@ -50,7 +50,6 @@ class Logs:
         self.waiting += json.dumps({**dict.fromkeys(line), **finite}).encode() + b"\n"
         self._flush()
         self.step = line["step"]
-        self.mirror.log(finite)
         return finite
 
     def _flush(self) -> None:
@@ -113,7 +112,7 @@ def describe_validation(line: dict[str, Any]) -> str:
 
 
 @contextmanager
-def open_logs(cfg: DictConfig, folder: Path, identity: str, step: int) -> Iterator[Logs]:
+def open_logs(cfg: DictConfig, folder: Path, step: int) -> Iterator[Logs]:
     """The logs of a run that starts, or resumes, at `step`."""
     metrics = folder / "metrics.jsonl"
     keep_until(metrics, step)
@@ -125,12 +124,12 @@ def open_logs(cfg: DictConfig, folder: Path, identity: str, step: int) -> Iterat
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    with open(metrics, "ab", buffering=0) as file, mirror(cfg, folder, identity) as wandb_mirror:
+    with open(metrics, "ab", buffering=0) as file, mirror(cfg, folder):
         if not terminal.is_terminal:
-            yield Logs(file, wandb_mirror, None, cfg.steps)
+            yield Logs(file, None, cfg.steps)
             return
         with Progress(*columns, console=terminal) as progress:
-            logs = Logs(file, wandb_mirror, progress, cfg.steps)
+            logs = Logs(file, progress, cfg.steps)
             progress.update(logs.task, completed=step)  # type: ignore[arg-type]
             yield logs
 

@@ -164,7 +164,8 @@ def train(
                         log(step, **{"probe/direction": direction, "probe/position": position, "probe/loss": value})
 
             diverged: Diverged | None = None
-            if watch.in_a_row >= (min(2, cfg.trainer.max_bad_steps) if step == cfg.steps else cfg.trainer.max_bad_steps):
+            most = min(2, cfg.trainer.max_bad_steps) if step == cfg.steps else cfg.trainer.max_bad_steps
+            if watch.in_a_row >= most:
                 bad = health.bad_ranks or blame(model, replica, batch, ranks, precision)
                 data = [place(dataset, cfg, step - 1, rank, ranks.size, micro_batch_size) for rank in bad]
                 diverged = Diverged(step, f"{trouble}, the last of {watch.in_a_row} steps in a row", bad, data)

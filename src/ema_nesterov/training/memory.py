@@ -2,14 +2,14 @@
 
 Model and optimizer take a training step on fake tensors, which have shapes and no content, and every storage
 is counted from its birth to its death. They are on the CPU also for a run on a GPU, in the dtypes that it
-would have there, so no GPU is needed. Where the model is compiled, its graph is cut in two as torch.compile
-does, and what lies between two matrix products is never stored, as if all of it were fused.
+would have there, so no GPU is needed. A model that is compiled is not run but cut in two as torch.compile
+does: what it saves for the backward pass is counted, and the largest matrix product of that pass; between
+products everything counts as fused. That is rather too much: the compiler also reuses buffers.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed import ProcessGroup
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,8 +34,6 @@ from .loop import compiles
 # a step in which all happens that ever does: syncs, extrapolation, new bases
 BUSY = {"lookahead.k": 1, "lookahead.warmup_steps": 0, "lookahead.rest_steps": 0, "optimizer.precondition_frequency": 1}
 PRODUCTS = ("mm", "dot_product", "convolution")  # parts of the names of what torch.compile does not fuse
-
-Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -64,34 +62,50 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
         if OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, value)
     gpu, ranks = device.type == "cuda", 1 if group is None else group.size()
+    shape = (micro_batch_size, cfg.seq_len)
     precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=gpu and cfg.model.get("autocast", True))
-    eval_precision = nullcontext if cfg.model.get("eval_float32", True) else precision
+    eval_precision: Any = nullcontext if cfg.model.get("eval_float32", True) else precision
     with FakeTensorMode(allow_non_fake_inputs=True):
         whole = Started(cfg, gpu)
-        checkpoint = whole.weights + whole.state + whole.wrapper
         run = whole if group is None else Started(cfg, gpu, group)
-        model, optimizer = run.model, run.optimizer
-        with run.live as live:
-            forward: Forward = compiled(model, live) if compiles(cfg, device) else model
-            tokens = torch.zeros(micro_batch_size, cfg.seq_len, dtype=torch.long)
-            if cfg.batch_size == micro_batch_size * ranks:  # else the gradients of micro-batches before are there
-                optimizer.zero_grad()
+        model, optimizer, live = run.model, run.optimizer, run.live
+        if compiles(cfg, device):
             with precision():
-                loss = forward(tokens, tokens)
-            loss.backward()
-            del loss
+                training = compiled_bytes(cfg, gpu, shape)
+            with eval_precision(), torch.no_grad():
+                evaluation = compiled_bytes(cfg, gpu, shape)
+        with live:
+            tokens = torch.zeros(shape, dtype=torch.long)
+            if cfg.batch_size == micro_batch_size * ranks:  # else the gradients of the micro-batches before are there
+                optimizer.zero_grad()
+            if compiles(cfg, device):
+                torch.empty(training, dtype=torch.uint8)
+                set_gradients(model)
+            else:
+                with precision():
+                    loss = model(tokens, tokens)
+                loss.backward()
+                del loss
             optimizer.step()
             optimizer.zero_grad()
+            evaluate: Any = partial(model, tokens, tokens)
+            if compiles(cfg, device):
+                evaluate = partial(torch.empty, evaluation, dtype=torch.uint8)
             with torch.no_grad(), eval_precision():
-                evaluate: Any = partial(forward, tokens, tokens)
-                with at_iterate(optimizer):
-                    evaluate()
                 if cfg.probe_every:
                     next(probe(optimizer, copy_iterate(optimizer), evaluate))
-    buckets = run.gradients if ranks > 1 else 0
+                else:
+                    with at_iterate(optimizer):
+                        evaluate()
     lasting = run.weights + run.gradients + run.state + run.wrapper
-    parts = (run.weights, run.gradients + buckets, run.state, run.wrapper)
-    return Memory(*parts, activations=live.peak - lasting, checkpoint=checkpoint)
+    return Memory(
+        weights=run.weights,
+        gradients=run.gradients * (2 if ranks > 1 else 1),
+        optimizer=run.state,
+        wrapper=run.wrapper,
+        activations=live.peak - lasting,
+        checkpoint=whole.weights + whole.state + whole.wrapper,
+    )
 
 
 class Started:
@@ -99,10 +113,9 @@ class Started:
 
     def __init__(self, cfg: DictConfig, gpu: bool, group: ProcessGroup | None = None):
         with Live() as self.live:
-            self.model = fake_model(cfg, torch.bfloat16 if gpu else torch.float32)
+            self.model = fake_model(cfg, gpu)
             self.weights = self.live.now
-            for p in self.model.parameters():
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            set_gradients(self.model)
             self.gradients = self.live.now - self.weights
             self.optimizer = build_optimizer(self.model, cfg, group)
             self.optimizer.step()
@@ -110,19 +123,24 @@ class Started:
         self.state = self.live.now - self.weights - self.gradients - self.wrapper
 
 
-def fake_model(cfg: DictConfig, dtype: torch.dtype) -> nn.Module:
+def fake_model(cfg: DictConfig, gpu: bool) -> nn.Module:
     """The model, built without content, with a fake tensor for each of its own; tied ones stay tied."""
-    with torch.device("meta"):
-        model = build_model(cfg.model, cfg.plugins, dtype)
+    with unset_fake_temporarily(), torch.device("meta"):  # a fake weight does not change its dtype
+        model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if gpu else torch.float32)
     fakes: dict[Tensor, Any] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p not in fakes:
                 fakes[p] = nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
-            module._parameters[name] = fakes.get(p)
+            module._parameters[name] = None if p is None else fakes[p]
         for name, b in module._buffers.items():
             module._buffers[name] = None if b is None else torch.empty_like(b, device="cpu")
     return model
+
+
+def set_gradients(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
 
 
 def wrapper_bytes(optimizer: Optimizer) -> int:
@@ -140,70 +158,70 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.held: dict[int, Any] = {}
         self.now = self.peak = 0
-        self.counting = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.counting:
-            self.add(result)
-            self.peak = max(self.peak, self.now)
-        return result
-
-    def add(self, result: Any) -> None:
         for key, storage in storages(result).items():
             if key not in self.held:
                 self.held[key] = weakref.ref(storage, partial(self._drop, key, storage.nbytes()))
                 self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return result
 
     def _drop(self, key: int, size: int, _: Any) -> None:
         del self.held[key]
         self.now -= size
 
 
-def compiled(model: nn.Module, live: Live) -> Forward:
-    """The model as torch.compile would run it, to be counted by `live`."""
-    from functorch.compile import aot_function, min_cut_rematerialization_partition  # slow to import, like the next
+# --- a model that is compiled ---------------------------------------------------------------------
+
+
+def compiled_bytes(cfg: DictConfig, gpu: bool, shape: tuple[int, int]) -> int:
+    """What a pass of the compiled model holds beside the weights: with the backward pass, or without, under no_grad.
+
+    Blocks are alike: a model of ours is traced with one and with two of them.
+    """
+    if "_target_" in cfg.model or cfg.model.layers < 3:
+        return traced_bytes(fake_model(cfg, gpu), shape)
+    one, two = (OmegaConf.merge(cfg, {"model": {"layers": layers}}) for layers in (1, 2))
+    first, second = (traced_bytes(fake_model(c, gpu), shape) for c in (one, two))
+    return first + (cfg.model.layers - 1) * (second - first)
+
+
+def traced_bytes(model: nn.Module, shape: tuple[int, int]) -> int:
+    from functorch.compile import aot_function, min_cut_rematerialization_partition  # slow to import, as is the next
     from torch._inductor.decomposition import select_decomp_table
 
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    graphs: list[Graph] = []
 
     def loss(inputs: Tensor, targets: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(model, dict(zip(named, values, strict=True)), (inputs, targets))
 
-    def compiler(graph: GraphModule, _: Any) -> Callable[..., Any]:
-        product = largest_product(graph)
+    def keep(module: GraphModule, _: Any) -> GraphModule:
+        graphs.append(module.graph)
+        return module
 
-        def run(*args: Any) -> Any:
-            live.peak = max(live.peak, live.now + product)
-            before, live.counting = live.counting, False
-            result = graph(*args)
-            live.counting = before
-            live.add(result)
-            return result
-
-        return run
-
-    traced = aot_function(loss, compiler, compiler, min_cut_rematerialization_partition, select_decomp_table())
-
-    def forward(inputs: Tensor, targets: Tensor) -> Tensor:
-        live.counting = False  # while the graph is traced
-        try:
-            return traced(inputs, targets, *named.values())
-        finally:
-            live.counting = True
-
-    return forward
+    tokens = torch.zeros(shape, dtype=torch.long)
+    forward = aot_function(loss, keep, keep, min_cut_rematerialization_partition, select_decomp_table())
+    torch.compiler._is_compiling_flag = True  # as it is for the models that ask
+    try:
+        result = forward(tokens, tokens, *named.values())
+    finally:
+        torch.compiler._is_compiling_flag = False
+    saved = 0
+    if result.requires_grad:
+        result.backward()
+        saved = bytes_beyond_inputs(graphs[0], graphs[0].output_node().all_input_nodes)
+    last = graphs[-1]
+    products = [n for n in last.nodes if any(part in str(n.target) for part in PRODUCTS)]
+    return saved + max((bytes_beyond_inputs(last, [n, *n.all_input_nodes]) for n in products), default=0)
 
 
-def largest_product(graph: GraphModule) -> int:
-    """The most bytes that a product reads and writes beyond the inputs of the graph."""
-    given = storages([n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"])
-    most = 0
-    for node in graph.graph.nodes:
-        if any(part in str(node.target) for part in PRODUCTS):
-            around = storages([n.meta.get("val") for n in (node, *node.all_input_nodes)])
-            most = max(most, sum(s.nbytes() for key, s in around.items() if key not in given))
-    return most
+def bytes_beyond_inputs(graph: Graph, nodes: list[Node]) -> int:
+    """Of the tensors of these nodes."""
+    given = storages([n.meta.get("val") for n in graph.find_nodes(op="placeholder")])
+    return sum(s.nbytes() for key, s in storages([n.meta.get("val") for n in nodes]).items() if key not in given)
 
 
 def storages(tensors: Any) -> dict[int, torch.UntypedStorage]:

@@ -13,69 +13,56 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 from threading import Thread
-from typing import Any
 
 from omegaconf import DictConfig
 
 PATIENCE = 30.0  # seconds that the training waits for its mirror at the end
-REFUSED = "Fatal error while uploading"  # in the warning that wandb prints, and nothing else tells
-
-
-class Mirror:
-    """The process that mirrors a run folder, or none."""
-
-    def __init__(self, folder: Path | None = None):
-        self.folder, self.process = folder, None
-        if folder is None:
-            return
-        command = [sys.executable, "-P", "-m", "ema_nesterov.training.wandb_run", str(folder)]
-        try:  # in a session of its own: Ctrl-C is for the training
-            self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True, start_new_session=True)
-        except OSError as e:
-            print(f"the W&B mirror cannot start ({e.strerror}); {catch_up(folder)}", file=sys.stderr)
-            return
-        self.listener = Thread(target=self._listen, daemon=True)
-        self.listener.start()
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Nothing: the mirror reads metrics.jsonl."""
-
-    def _listen(self) -> None:
-        """Pass on what it says. By print, which a progress bar makes room for."""
-        assert self.folder
-        assert self.process
-        assert self.process.stdout
-        for line in self.process.stdout:
-            print(line, end="", flush=True)
-            if REFUSED in line:
-                print(catch_up(self.folder), flush=True)
-        if self.process.wait() < 0 and not self.process.stdin.closed:  # type: ignore[union-attr]
-            print(f"the W&B mirror was killed; {catch_up(self.folder)}", flush=True)
-
-    def close(self) -> None:
-        """Let it send the rest and go."""
-        if self.process is None or self.folder is None:
-            return
-        assert self.process.stdin
-        with suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(PATIENCE)
-        except TimeoutExpired:
-            self.process.kill()
-            print(f"W&B has not taken everything within {PATIENCE:.0f} s; {catch_up(self.folder)}", flush=True)
-        self.listener.join(1)
+REFUSED = "Fatal error while uploading"  # in a warning that wandb prints; nothing else tells
 
 
 @contextmanager
-def mirror(cfg: DictConfig, folder: Path, identity: str = "") -> Iterator[Mirror]:
-    """Mirror the run folder, whose metrics.jsonl is there, while the context lasts."""
-    wanted = cfg.logger.name == "wandb" and os.environ.get("WANDB_MODE", cfg.logger.mode) != "disabled"
-    process = Mirror(folder if wanted else None)
+def mirror(cfg: DictConfig, folder: Path) -> Iterator[None]:
+    """Mirror the run folder while the context lasts, where the config wants it. Its metrics.jsonl is there."""
+    if cfg.logger.name != "wandb" or os.environ.get("WANDB_MODE", cfg.logger.mode) == "disabled":
+        yield
+        return
+    command = [sys.executable, "-P", "-m", "ema_nesterov.training.wandb_run", str(folder)]
+    try:  # in a session of its own: Ctrl-C is for the training
+        process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True, start_new_session=True)
+    except OSError as e:
+        print(f"the W&B mirror cannot start ({e.strerror}); {catch_up(folder)}", file=sys.stderr)
+        yield
+        return
+    listener = Thread(target=listen, args=(process, folder), daemon=True)
+    listener.start()
     try:
-        yield process
+        yield
     finally:
-        process.close()
+        close(process, folder)
+        listener.join(1)
+
+
+def listen(process: Popen[str], folder: Path) -> None:
+    """Pass on what it says, by print, which a progress bar makes room for."""
+    assert process.stdin
+    for line in process.stdout or ():
+        print(line, end="", flush=True)
+        if REFUSED in line:
+            print(catch_up(folder), flush=True)
+    if process.wait() < 0 and not process.stdin.closed:
+        print(f"the W&B mirror was killed; {catch_up(folder)}", flush=True)
+
+
+def close(process: Popen[str], folder: Path) -> None:
+    """Let it send the rest and go."""
+    assert process.stdin
+    with suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(PATIENCE)
+    except TimeoutExpired:
+        process.kill()
+        print(f"W&B has not taken everything within {PATIENCE:.0f} s; {catch_up(folder)}", flush=True)
 
 
 def catch_up(folder: Path) -> str:

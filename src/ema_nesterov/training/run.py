@@ -23,7 +23,7 @@ from .checkpoint import list_checkpoints, step_of, whole
 from .distributed import Ranks, lost_rank, ranks, world_size
 from .folder import DIVERGED, FAILED, FINISHED, PREEMPTED, begin, claimed, read_status, status
 from .fork import Fork, open_fork
-from .identity import identity, run_folder
+from .identity import run_folder
 from .logs import Silence, open_logs
 from .loop import Diverged, Preempted, train
 from .stop import stop_requests
@@ -58,9 +58,7 @@ def run(cfg: DictConfig) -> int:
                 warnings += begin(cfg, folder, step)
             group.barrier()
             with (
-                open_logs(cfg, folder, identity(cfg), step if checkpoint else 0)
-                if group.is_first
-                else silence() as logs,
+                open_logs(cfg, folder, step if checkpoint else 0) if group.is_first else silence() as logs,
                 status(folder, group.is_first, step if checkpoint else None) as state,
             ):
                 if fork and not checkpoint:

@@ -27,6 +27,7 @@ from .mirror import catch_up
 
 LOCK = ".wandb.lock"  # in the run folder: one process at a time sends it
 RETRY = 60.0  # seconds until W&B that could not be reached is tried again
+LAST = 25  # seconds that wandb has for the rest when the training is over; less than the training waits
 
 
 def open_run(
@@ -42,6 +43,7 @@ def open_run(
     cfg: Any = OmegaConf.create(text)
     identity = f"{cfg.name}-{folder.resolve().parent.name.rpartition('-')[2]}"
     tags = [cfg[group].get("name") for group in ("model", "dataset", "optimizer", "lookahead")]
+    quiet()
     run = wandb.init(
         mode=mode,  # type: ignore[arg-type]
         project=project or cfg.logger.project,
@@ -56,7 +58,6 @@ def open_run(
         resume="allow",
         reinit="create_new",
         settings=wandb.Settings(
-            show_info=False,
             init_timeout=60,
             console="off",
             # what may hold a secret: git's URLs, code, arguments, SLURM's environment
@@ -134,7 +135,7 @@ def connect(folder: Path, over: Event) -> Any:
                 print(f"W&B has no key: logging offline in {folder / 'wandb'}; type wandb login, then "
                       f"python scripts/sync_wandb.py {folder}", flush=True)  # fmt: skip
                 mode = "offline"
-            return open_run(folder, mode, folder, finish_timeout=25, x_stats_pid=os.getppid())
+            return open_run(folder, mode, folder, finish_timeout=LAST, x_stats_pid=os.getppid())
         except Exception as e:
             if not told:
                 print(f"no W&B yet ({explain(e)}); tried again every {RETRY:.0f} s", flush=True)
@@ -143,9 +144,14 @@ def connect(folder: Path, over: Event) -> Any:
                 raise
 
 
+def quiet() -> None:
+    """Let wandb print warnings alone."""
+    wandb.setup(wandb.Settings(show_info=False))
+
+
 def has_key() -> bool:
     """Whether there is one. Raises an Exception where W&B cannot be reached, or does not take it."""
-    wandb.setup(wandb.Settings(show_info=False))
+    quiet()
     return wandb.login(prompt=False)
 
 

