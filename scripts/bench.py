@@ -3,6 +3,7 @@
 python scripts/bench.py optimizers      a step of each wrapper and base optimizer
 python scripts/bench.py data            reading batches: time of a step, waiting, memory
 python scripts/bench.py tokenize        preparing text: beside the tokenizer alone on all cores
+python scripts/bench.py safety          checking each step, saving checkpoints
 python scripts/bench.py NAME --help     its KEY=VALUE arguments
 """
 
@@ -12,7 +13,7 @@ from importlib import import_module
 from ema_nesterov.cli import guard
 from ema_nesterov.errors import ConfigError
 
-NAMES = ("optimizers", "data", "tokenize")
+NAMES = ("optimizers", "data", "tokenize", "safety")
 
 
 def main() -> None:

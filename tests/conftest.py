@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,14 @@ import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import settings
 from omegaconf import DictConfig
 
 import ema_nesterov.config  # noqa: F401  (registers the schemas)
+from ema_nesterov.cli import key_of
 from ema_nesterov.data.preparation.sample import prepare_sample
 from ema_nesterov.training.checkpoint import load_checkpoint
 
@@ -38,9 +45,20 @@ TINY = (
 
 
 def composed(*overrides: str) -> DictConfig:
+    """What Hydra composes: the files once for each choice of groups, as that takes the time, and the values on top."""
+    groups = {path.name for path in (ROOT / "configs").iterdir()}
+    choices = tuple(o for o in overrides if key_of(o) in groups)
+    values = OverridesParser.create().parse_overrides([o for o in overrides if o not in choices])
+    cfg = copy.deepcopy(_chosen(choices))
+    ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+    return cfg
+
+
+@cache
+def _chosen(choices: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("train", list(overrides))
+        return compose("train", list(choices))
 
 
 @pytest.fixture(scope="session")
@@ -114,3 +132,48 @@ def assert_same(a: Any, b: Any, path: str = "state") -> None:
             assert_same(x, y, f"{path}/{i}")
     else:
         assert a == b, path
+
+
+# --- scripts typed with what they must refuse, within this process: one of their own costs seconds ---
+
+Refused = Callable[[str, list[str], str], None]
+
+
+@pytest.fixture(scope="module")
+def composed_once() -> Iterator[None]:
+    """Most of a case's time goes into composing a config, and some cases differ in nothing but their data."""
+    load, kept = ConfigLoaderImpl.load_configuration, {}
+
+    def memoised(self: ConfigLoaderImpl, config_name: str, overrides: list[str], *args: Any, **kwargs: Any) -> Any:
+        key = (config_name, *overrides) if "--config-dir=." not in sys.argv else None
+        if key is None or key not in kept:
+            kept[key] = load(self, config_name, overrides, *args, **kwargs)
+        return copy.deepcopy(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigLoaderImpl, "load_configuration", memoised)
+        yield
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], composed_once: None
+) -> Refused:
+    """Types a command in an empty folder and asserts that it is refused with this line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ema_nesterov.training.run.train", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # ranks but the first wait before they speak
+
+    def check(script: str, arguments: list[str], line: str) -> None:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / script), *arguments])
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        error = capsys.readouterr().err
+        assert end.value.code == 2, error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1, error
+        assert line in error
+        assert not (tmp_path / "runs").exists()
+
+    return check

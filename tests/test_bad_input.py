@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
-import runpy
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,35 +17,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 
 from ema_nesterov.data.manifest import adopt
 from ema_nesterov.data.shards import write_shard
-from tests.conftest import ROOT, composed
+from tests.conftest import Refused, composed
 
-Refused = Callable[..., None]
+SHARD = "x_train_000000.bin"
 
 
-@pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Types a command in an empty folder and asserts that it is refused with this line."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ema_nesterov.training.run.train", lambda *_: pytest.fail("training began"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # ranks but the first wait before they speak
-
-    def check(script: str, arguments: list[str], line: str) -> None:
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / script), *arguments])
-        GlobalHydra.instance().clear()
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        error = capsys.readouterr().err
-        assert end.value.code == 2, error
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1, error
-        assert line in error
-        assert not (tmp_path / "runs").exists()
-
-    return check
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two shards and their manifest."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for split, count in (("train", 3000), ("val", 700)):
+        write_shard(folder / f"x_{split}_000000.bin", np.arange(count))
+    adopt(folder, composed(f"dataset.path={folder}").dataset)
+    return folder
 
 
 def ids(table: list[Any]) -> list[str]:
@@ -70,7 +55,6 @@ ARGUMENTS = [
     ("-x", "unrecognized arguments: -x"),
     ("steps=3 -m seed=1,2", "unrecognized arguments: seed=1,2; type flags such as -m behind all KEY=VALUE"),
     ("--cfg nonsense", "invalid choice: 'nonsense' (choose from 'job', 'hydra', 'all')"),
-    ("--resolve", "--resolve flag can only be used in conjunction with --cfg"),
     ("--config-name=foo", "--config-path and --config-name are fixed; type --config-dir=FOLDER"),
     ("--config-dir=nowhere", "nowhere' not found"),
     # quoting
@@ -81,21 +65,17 @@ ARGUMENTS = [
     # keys
     ("stpes=3", "unknown key stpes; did you mean steps?"),
     ("lookahead.alhpa=0.5", "unknown key lookahead.alhpa; did you mean lookahead.alpha?"),
-    ("++lookahead.alhpa=2", "unknown key lookahead.alhpa; did you mean lookahead.alpha?"),
-    ("+foo=1", "unknown key foo; --help shows the keys"),
+    ("+foo=1 +foo=2", "foo exists already; type foo=VALUE, once and without +"),
+    ("+lookahead.foo=1", "unknown key lookahead.foo; --help shows the keys"),
     ("+steps=10", "steps exists already; type steps=VALUE, once and without +"),
-    ("+model.foo=1 +model.foo=2", "model.foo exists already"),
     ("~steps", "steps is needed; leave out ~steps"),
     ("~model", "model has no value; type model=VALUE"),
     ("~optimizer.lr", "~optimizer.lr would take away a key that is needed; type optimizer.lr=VALUE"),
     # groups and experiments
-    ("modle=tiny", "unknown key modle; did you mean model?"),
     ("model=tinny", "unknown option model=tinny; did you mean model=tiny?"),
     ("model=null", "unknown option model=null; choose one of"),
     ("lookahead=", "unknown option lookahead=; choose one of ema_nesterov, gpa"),
     ("optimizer=5", "unknown option optimizer=5; choose one of adamw"),
-    ("'model={a: 1}'", "model is a group; type model=OPTION, or model.KEY=VALUE"),
-    ("lookahead=/etc/passwd", "unknown option lookahead=/etc/passwd"),
     ("lookahead=../model/tiny", "has no schema of a lookahead; begin it with defaults: [/schema/"),
     ("lookahead@foo=none", "lookahead@foo cannot be chosen; type lookahead=OPTION"),
     ("experiment=quikstart/muon", "did you mean experiment=quickstart/muon?"),
@@ -103,14 +83,12 @@ ARGUMENTS = [
     ("optimizer=adamw optimizer.momentum=0.9", "optimizer has name, lr, betas, eps, weight_decay"),
     ("experiment=quickstart/muon_ema_nesterov lookahead=none", "the experiment sets lookahead.alpha, which the chosen"),
     ("optimizer.name=adamw", "optimizer.name=adamw must be muon, as chosen; type optimizer=OPTION"),
-    ("model.architecture=llama", "model.architecture=llama must be nanogpt_124m, as chosen"),
     # types
     ("steps=", "steps= must be a whole number"),
     ("steps=1e3", "steps=1e3 must be a whole number"),
     ("steps=[1,2]", "steps=[1,2] must be a whole number"),
     ("steps=null", "steps=null must have a value, not null"),
     ("optimizer.lr=fast", "optimizer.lr=fast must be a number"),
-    ("model.autocast=maybe", "model.autocast=maybe must be true or false"),
     ("name=[a]", "name=[a] must be text"),
     ("logger.tags=foo", "logger.tags=foo must be a list, such as logger.tags=[A,B]"),
     ("optimizer.adam=3", "optimizer.adam=3 sets a whole group; type optimizer.adam.KEY=VALUE"),
@@ -120,32 +98,24 @@ ARGUMENTS = [
     ("seed=18446744073709551616", "must be at most 9223372036854775807"),
     ("optimizer.lr=nan", "optimizer.lr=nan must be a finite number"),
     ("optimizer.lr=1e400", "optimizer.lr=inf must be a finite number"),
-    ("optimizer.adam.betas=[nan,0.9]", "optimizer.adam.betas=[nan, 0.9] must be two numbers in [0, 1)"),
-    ("optimizer=aurora optimizer.iterations=1000000", "optimizer.iterations=1000000 must be at most 100"),
     ("schedule=power schedule.exponent=1e300", "schedule.exponent=1e+300 must be at most 100"),
     ("model.width=100000000", "parameters; type smaller numbers"),
     ("model=llama_60m model.padding_idx=99999", "model.padding_idx=99999 must be below 32000, or null"),
     ("model=nanogpt_162m model.head_dim=0", "model.head_dim=0 must be at least 1"),
-    ("batch_size=1000000000000000000000", "training tokens, sample holds"),
+    ("batch_size=1000000000000000000000", "training tokens, data holds"),
     ("micro_batch_size=5", "micro_batch_size=5 does not divide the 16 sequences"),
-    ("lookahead.warmup_steps=1e12", "do not fit into 400 steps"),
     ("dataset.val_tokens=100000000", "validation targets in whole examples; type dataset.val_tokens="),
-    ("steps=100000", "type steps="),
+    ("steps=20000 batch_size=2", "type steps="),
     # names and folders
     ("name=../elsewhere", "name='../elsewhere' must be a relative folder such as quickstart/muon"),
-    ("name=/absolute", "name='/absolute' must be a relative folder"),
-    (r"name=a\\b", "must be a relative folder"),
     (f"name={'a' * 300}", "at most 200 letters"),
-    ("model.name=../../x", "must be a relative folder"),
     ("dataset.name=../x", "dataset.name='../x' begins the names of shards"),
     ("runs_dir=", "runs_dir='' must name a folder"),
     ("\"runs_dir='~/runs'\"", "runs_dir='~/runs' must name a folder, with ~ and variables expanded"),
-    ("runs_dir=file", "cannot write run folder file/tiny/muon_ema_nesterov-"),
+    ("runs_dir=file steps=9 batch_size=2", "cannot write run folder file/tiny/muon_ema_nesterov-"),
     # interpolations
     ("'steps=${nope}'", "steps: Interpolation key 'nope' not found; type steps=VALUE without $"),
-    ("'steps=${name}'", "could not be converted to Integer; type steps=VALUE without $"),
     ("'logger.project=${logger.project}'", "Recursive interpolation detected"),
-    ("'logger.project=${nope:x}'", "Unsupported interpolation type nope"),
     ("'runs_dir=${oc.env:NOT_SET_ANYWHERE}'", "Environment variable 'NOT_SET_ANYWHERE' not found"),
     # a machine without a GPU
     ("trainer.device=gpu", "trainer.device=gpu must be one of auto, cpu, cuda"),
@@ -153,29 +123,28 @@ ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("command", "line"), ARGUMENTS, ids=ids(ARGUMENTS))
-def test_a_wrong_argument(command: str, line: str, refused: Refused, sample: Path, tmp_path: Path) -> None:
+def test_a_wrong_argument(command: str, line: str, refused: Refused, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "sample").symlink_to(sample)
-    refused("train.py", ["dataset.path=sample", *shlex.split(command)], line)
+    (tmp_path / "data").symlink_to(prepared)
+    small = ["dataset.path=data", "dataset.val_tokens=512", "dataset.probe_tokens=256"]
+    refused("train.py", [*small, *shlex.split(command)], line)
 
 
-def test_more_ranks_than_gpus(refused: Refused, sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {
-        "WORLD_SIZE": "2",
-        "RANK": "0",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "x",
-        "MASTER_PORT": "1",
-    }.items():
+GPUS = [
+    (0, "trainer.device=cuda, but no GPU was found; type trainer.device=cpu"),
+    (1, "more ranks than the 1 GPUs of this node; type --nproc-per-node=1"),
+]
+
+
+@pytest.mark.parametrize(("gpus", "line"), GPUS)
+def test_too_few_gpus(gpus: int, line: str, refused: Refused, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for key, value in ranks.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    refused("train.py", [f"dataset.path={sample}"], "more ranks than the 1 GPUs of this node; type --nproc-per-node=1")
-
-
-def test_a_gpu_where_there_is_none(refused: Refused, sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused("train.py", [f"dataset.path={sample}", "trainer.device=cuda"], "type trainer.device=cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    small = ["dataset.val_tokens=512", "dataset.probe_tokens=256", "steps=2", "batch_size=2"]
+    refused("train.py", [f"dataset.path={prepared}", "trainer.device=cuda", *small], line)
 
 
 ENVIRONMENTS: list[tuple[dict[str, str], str]] = [
@@ -222,16 +191,6 @@ def test_a_wrong_file_of_a_users_own(text: str, line: str, refused: Refused, tmp
 # --- data -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two shards and their manifest."""
-    folder = tmp_path_factory.mktemp("prepared")
-    for split, count in (("train", 3000), ("val", 700)):
-        write_shard(folder / f"x_{split}_000000.bin", np.arange(count))
-    adopt(folder, composed(f"dataset.path={folder}").dataset)
-    return folder
-
-
 def write(**values: Any) -> Callable[[Path], None]:
     """Put values into the manifest."""
 
@@ -256,9 +215,9 @@ def write_shards(**values: Any) -> Callable[[Path], None]:
 
 def train_shard(change: Callable[[bytearray], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        content = bytearray((folder / "x_train_000000.bin").read_bytes())
+        content = bytearray((folder / SHARD).read_bytes())
         change(content)
-        (folder / "x_train_000000.bin").write_bytes(content)
+        (folder / SHARD).write_bytes(content)
 
     return damage
 
@@ -288,16 +247,12 @@ DATA: list[tuple[str, Callable[[Path], Any], str]] = [
     ("wrong magic", train_shard(lambda c: c.__setitem__(0, 1)), "is not a token shard (no magic number)"),
     ("of another version", train_shard(lambda c: c.__setitem__(4, 9)), "has shard version 9, this code reads 1"),
     ("altered", train_shard(lambda c: c.__setitem__(-5, 7)), "is not what was written (its checksum differs"),
-    ("a missing shard", lambda d: (d / "x_train_000000.bin").unlink(), "cannot read shard"),
+    ("a missing shard", lambda d: (d / SHARD).unlink(), "cannot read shard"),
     ("an unlisted shard", lambda d: shutil.copy(d / "x_val_000000.bin", d / "y_val_1.bin"), "does not list; move it"),
     ("no folder", lambda d: shutil.rmtree(d), "dataset folder data does not exist; make it with scripts/prepare_data"),
     ("a file", lambda d: (shutil.rmtree(d), d.touch()), "data is no folder; type dataset.path=FOLDER"),
     ("an empty folder", lambda d: [p.unlink() for p in d.iterdir()], "no shards *_train_*.bin in data"),
-    (
-        "a folder of folders",
-        lambda d: (d / "manifest.json").unlink() or (d / "manifest.json").mkdir(),
-        "Is a directory",
-    ),
+    ("a folder for a shard", lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), "Is a directory"),
     ("broken JSON", lambda d: (d / "manifest.json").write_text("{"), "manifest.json cannot be read (JSONDecodeError"),
     ("a list", lambda d: (d / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     ("deep JSON", lambda d: (d / "manifest.json").write_text("[" * 10**5), "manifest.json cannot be read (Recursion"),
@@ -316,11 +271,7 @@ DATA: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a shard above", write_shards(file="../x_train_000000.bin"), "'../x_train_000000.bin' is no name of a shard"),
     ("an absolute shard", write_shards(file="/tmp/x_train_0.bin"), "'/tmp/x_train_0.bin' is no name of a shard"),
     ("a shard with a NUL", write_shards(file="\0_train_.bin"), "is no name of a shard"),
-    (
-        "a tokenizer above",
-        write(tokenizer=GPT2 | {"file": "../t.json"}),
-        "'../t.json' is no name of a tokenizer's file",
-    ),
+    ("a tokenizer above", write(tokenizer=GPT2 | {"file": "../t.json"}), "'../t.json' is no name of a tokenizer's"),
     ("pending above", write(cursor=CURSOR | {"pending": "../x.npz"}), "'../x.npz' is no name of a file of pending"),
     ("a short shard above", write(cursor=CURSOR | {"short": "../x"}), "'../x' is not among its shards"),
     ("a pickle", lambda d: (d / "token_bytes.npy").write_bytes(pickle.dumps(Runs())), "token_bytes.npy is damaged"),
@@ -352,21 +303,15 @@ PREPARE = [
     ("show dataset=text", "dataset.path has no value; type dataset.path=VALUE"),
     ("show 'dataset.path=${oc.env:MY_SECRET}'", "asks for the secret MY_SECRET"),
     ("dataset=text", "dataset.path has no value; type dataset.path=VALUE"),
-    ("dataset=txt", "did you mean dataset=text?"),
     ("dataset=text dataset.path=nowhere dataset.output=out", "folder of text nowhere does not exist"),
-    ("dataset=text dataset.path=text", "text holds text; type dataset.output=FOLDER"),
     ("dataset=c4_stream", "needs no preparation; training makes what it reads"),
     (f"{TEXT} dataset.name=x_val_y", "dataset.name='x_val_y' begins the names of shards"),
     (f"{TEXT} dataset.shard_tokens=0", "dataset.shard_tokens=0 must be at least 1"),
-    (f"{TEXT} dataset.processes=100000", "dataset.processes=100000 must be at most 1024"),
-    (f"{TEXT} dataset.layout=rows", "dataset.row_len=null must be at least 2"),
     (f"{TEXT} dataset.layout=rows dataset.row_len=9 dataset.pad_id=99999", "type dataset.pad_id=50256"),
     (f"{TEXT} dataset.row_len=9", "dataset.row_len=9 must be left out unless dataset.layout=rows"),
-    (f"{TEXT} dataset.tokenizer=gpt5", "unknown tokenizer 'gpt5'; type one of gpt2"),
     (f"{TEXT} dataset.tokenizer=null", "type dataset.tokenizer=gpt2"),
     (f"{TEXT} dataset.tokenizer=text/deep.json", "is not a tokenizer.json that works"),
     (f"{TEXT} dataset.output=text", "text is the text's folder; type dataset.output=FOLDER"),
-    (f"{TEXT} dataset.output=text/a.jsonl", "cannot write text/a.jsonl"),
     (f"{TEXT} dataset.prepare=packaged dataset.sources=[wiki]", "unknown source 'wiki'; type any of sotu"),
 ]
 

@@ -223,3 +223,23 @@ def test_wrappers_sit_around_a_chain() -> None:
         for step in range(7):
             take_step(wrapper, params, step)
         assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_skipped_step_moves_nothing_but_the_count(name: str) -> None:
+    """With an alpha that does not depend on the step, the run is the one without it."""
+    wrap = WRAPPERS[name] if name != "ema_nesterov" else lambda base: EMANesterov(base, 0.9, 0.9, warm_start=True)
+    plain, skipping = parameters(), parameters()
+    without, with_skips = (wrap(SGD(params, lr=0.1, momentum=0.9)) for params in (plain, skipping))
+    for step in range(9):
+        take_step(without, plain, step)
+        if step in (0, 2, 3, 7):
+            before = values(skipping)
+            with_skips.skip()
+            assert all(torch.equal(a, b) for a, b in zip(before, values(skipping), strict=True))
+        take_step(with_skips, skipping, step)
+    assert (with_skips.steps, with_skips.taken) == (13, 9)
+    assert all(torch.equal(a, b) for a, b in zip(plain, skipping, strict=True))
+    again = wrap(SGD(parameters(), lr=0.1, momentum=0.9))
+    again.load_state_dict(with_skips.state_dict())
+    assert (again.steps, again.taken) == (13, 9)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from ema_nesterov.errors import ConfigError
+from ema_nesterov.errors import ConfigError, DataError
 from ema_nesterov.training import checkpoint, health, loop
 from ema_nesterov.training.checkpoint import Saver, list_checkpoints, load_checkpoint, save_checkpoint, whole
-from ema_nesterov.training.folder import DIVERGED, FINISHED, PREEMPTED, read_status
+from ema_nesterov.training.folder import DIVERGED, FAILED, FINISHED, PREEMPTED, read_status
 from ema_nesterov.training.run import run
 from tests.conftest import (
     ROOT,
@@ -32,12 +34,26 @@ from tests.conftest import (
     run_folder,
     train_process,
 )
+from tests.stress.kill_resume import survive
 
 
 def train(runs: Path, sample: Path, *overrides: str, code: int = FINISHED) -> Path:
     """A run in this process; returns its folder."""
     assert run(composed(*TINY, f"runs_dir={runs}", f"dataset.path={sample}", *overrides)) == code
     return run_folder(runs)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
+    """The folder of a run that was left alone."""
+    return train(tmp_path_factory.mktemp("straight"), sample)
+
+
+def copied(folder: Path, runs: Path) -> Path:
+    """The same run below another runs_dir."""
+    parts = folder.parts[-3:]
+    shutil.copytree(folder, runs.joinpath(*parts))
+    return runs.joinpath(*parts)
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
@@ -64,15 +80,10 @@ def assert_same_run(a: Path, b: Path, step: int = 10) -> None:
 # --- preemption -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGINT", "STOP"])
-@pytest.mark.parametrize("step", [5, 7, 10])  # a step that is validated, one that is not, the last
+@pytest.mark.parametrize(("how", "step"), [("SIGTERM", 5), ("SIGUSR1", 10), ("SIGINT", 6), ("STOP", 7)])
 def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_been(
-    tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch, how: str, step: int
+    tmp_path: Path, straight: Path, sample: Path, monkeypatch: pytest.MonkeyPatch, how: str, step: int
 ) -> None:
-    if (how == "STOP") != (step == 7) and how != "SIGTERM":
-        pytest.skip("each way at one step, and SIGTERM at all")
-    straight = train(tmp_path / "straight", sample)
-
     def ask() -> None:
         if how == "STOP":
             (run_folder(tmp_path / "stopped") / "STOP").touch()
@@ -297,9 +308,9 @@ def test_spikes_are_measured_against_the_losses_before_and_skipped_where_wished(
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
-    tmp_path: Path, sample: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, straight: Path, sample: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    straight = train(tmp_path, sample)
+    straight = copied(straight, tmp_path)
     before, state = read_metrics(straight), copy.deepcopy(final_state(straight))  # the file itself is mapped
     saved = list_checkpoints(straight / "checkpoints")
     for path, name in ((saved[-1], "tensors.safetensors"), (saved[-2], "state.json")):
@@ -350,3 +361,196 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="has format 2, this version reads up to 1; update"):
         load_checkpoint(path)
+
+
+# --- disks, folders and data ----------------------------------------------------------------------
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """No file of this process may grow beyond 64 kB from the first of these steps to before the second."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = iter([(1 << 16, hard), (soft, hard)])
+    seen = iter(range(1, 10**6))
+    norm = loop.gradient_norm
+
+    def watched(*args: Any) -> torch.Tensor:
+        if next(seen) in steps:
+            resource.setrlimit(resource.RLIMIT_FSIZE, next(limits))
+        return norm(*args)
+
+    monkeypatch.setattr(loop, "gradient_norm", watched)
+
+
+def test_training_goes_on_while_the_disk_is_full(
+    tmp_path: Path, straight: Path, sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        full_disk(patch, 5, 8)
+        folder = train(tmp_path / "full", sample)
+    output = capsys.readouterr().out
+    assert "the checkpoint of step 6 is not saved (File too large); the last one is step_00000003; make room" in output
+    assert [p.name for p in list_checkpoints(folder / "checkpoints")] == [f"step_{i:08d}" for i in (3, 9, 10)]
+    assert not list((folder / "checkpoints").glob(".step*"))
+    assert_same_run(straight, folder)
+
+
+def test_a_run_that_cannot_save_its_end_says_so_and_ends_later(
+    tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        full_disk(patch, 8)
+        try:
+            folder = train(tmp_path, sample, code=FAILED)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large; make room, then type the same command to go on" in capsys.readouterr().err
+    assert read_status(folder)["status"] == "failed"
+    train(tmp_path, sample)
+    assert read_status(folder)["resumed_from"] == 6
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting takes root")
+def test_a_full_file_system_loses_no_line_of_metrics(tmp_path: Path, sample: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(runs)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        overrides = ["steps=60", "checkpoint_every=4", "probe_every=0", "trainer.keep_checkpoints=1"]
+        process = started(*overrides, f"dataset.path={sample}", f"runs_dir={runs}")
+        wait_for(trained(runs, 4), process)
+        filler = runs / "filler"
+        with open(filler, "wb", buffering=0) as f:
+            try:
+                while f.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+        lines = process.stdout
+        assert lines is not None
+        while "cannot be" not in (line := lines.readline()) and "is not saved" not in line:
+            assert line
+        filler.unlink()
+        assert process.wait(timeout=120) == 0
+        folder = run_folder(runs)
+        steps = [m["step"] for m in read_metrics(folder) if "train/loss" in m]
+        assert steps == list(range(1, 61))
+        assert read_status(folder)["status"] == "finished"
+    finally:
+        subprocess.run(["umount", str(runs)], check=True)
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path, sample: Path) -> None:
+    overrides = (f"dataset.path={sample}", f"runs_dir={tmp_path}")
+    first = started(*LONG, *overrides)
+    wait_for(trained(tmp_path, 5), first)
+    with pytest.raises(ConfigError, match=rf"process {first.pid} on \S+ trains in .*; wait for it, stop it, or type"):
+        run(composed(*TINY, *LONG, *overrides))
+    first.kill()
+    first.communicate()
+    (run_folder(tmp_path) / "STOP").touch()  # left over: it stops nothing
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.3))
+        assert run(composed(*TINY, *LONG, *overrides)) == PREEMPTED
+
+
+def test_a_folder_that_holds_another_run_or_other_code_is_told(
+    tmp_path: Path, straight: Path, sample: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(straight, tmp_path)
+    status, path = folder / "status.json", folder / "config.yaml"
+    status.write_text(json.dumps({**read_status(folder), "status": "running"}))
+    saved = path.read_text()
+    path.write_text(saved.replace("# torch: ", "# torch: 1."))
+    train(tmp_path, sample)
+    assert f"warning: torch is {torch.__version__}, was 1.{torch.__version__}" in capsys.readouterr().out
+    assert f"# from step 10 on\n# torch: {torch.__version__}" in path.read_text()
+    status.write_text(json.dumps({**read_status(folder), "status": "running"}))
+    path.write_text(saved.replace("seq_len: 32", "seq_len: 64"))
+    with pytest.raises(ConfigError, match=r"says seq_len=64, this command seq_len=32; type seq_len=64, or runs_dir="):
+        train(tmp_path, sample)
+
+
+def test_a_shard_that_is_altered_or_goes_while_it_is_read_ends_the_run(
+    tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, harm in (("touched", os.utime), ("gone", os.unlink)):
+        shutil.copytree(sample, tmp_path / name)
+        (shard,) = (tmp_path / name).glob("*train*")
+        with monkeypatch.context() as patch:
+            at_step(patch, 3, lambda shard=shard, harm=harm: harm(shard))
+            with pytest.raises(DataError, match="was altered or taken away while it was read; put it back"):
+                train(tmp_path / f"runs_{name}", tmp_path / name)
+        assert read_status(run_folder(tmp_path / f"runs_{name}"))["exit_code"] == 2
+
+
+def test_neither_the_clock_nor_the_host_matters(
+    tmp_path: Path, straight: Path, sample: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.3))
+        moved = train(tmp_path / "moved", sample, code=PREEMPTED)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: 1.0)
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        train(tmp_path / "moved", sample)
+    assert_same_run(straight, moved)
+    times = [json.loads(line)["time"] for line in (moved / "metrics.jsonl").read_text().splitlines()]
+    assert times == sorted(times)
+
+
+# --- forks ----------------------------------------------------------------------------------------
+
+
+def test_a_fork_with_nothing_changed_is_the_run_itself(tmp_path: Path, straight: Path, sample: Path) -> None:
+    fork = train(tmp_path / "fork", sample, f"fork_from={straight}@6")
+    assert fork.parent.name != straight.parent.name
+    assert_same_run(straight, fork)
+
+
+def test_decays_branch_off_one_plateau(tmp_path: Path, sample: Path) -> None:
+    """Up to the fork's end its learning rate is the schedule's; a wrapper begins anew at x."""
+    plateau = ["schedule.decay_steps=0", "steps=9"]
+    tiny = [o for o in TINY if not o.startswith("lookahead.")]
+    trunk = run(composed(*tiny, "lookahead=none", "probe_every=0", *plateau, f"runs_dir={tmp_path / 'trunk'}",
+                         f"dataset.path={sample}"))  # fmt: skip
+    assert trunk == FINISHED
+    start = run_folder(tmp_path / "trunk")
+    for look in ("none", "ema_nesterov", "lookahead"):
+        branch = ["steps=8", "schedule.decay_steps=2", f"lookahead={look}", "probe_every=0", f"fork_from={start}@6"]
+        code = run(composed(*tiny, *branch, f"runs_dir={tmp_path / look}", f"dataset.path={sample}"))
+        assert code == FINISHED
+        lines = [m for m in read_metrics(run_folder(tmp_path / look)) if "train/loss" in m]
+        trained = [m for m in read_metrics(start) if "train/loss" in m]
+        assert [m["step"] for m in lines] == list(range(1, 9))
+        assert lines[:7] == [m | {"optim/alpha": n["optim/alpha"]} for m, n in zip(trained, lines, strict=False)][:7]
+        assert lines[7]["optim/lr"] == pytest.approx(lines[6]["optim/lr"] / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("model.width=64", "model.width=64 cannot carry over from .*, which has 32; type model.width=32"),
+        ("seed=1", "seed=1 cannot carry over"),
+        ("optimizer.lr=0.5", "optimizer.lr=0.5 cannot carry over"),
+        ("batch_size=6", "batch_size=6 cannot carry over"),
+        ("fork_from=FOLDER@5", "has no checkpoint of step 5, but of 3, 6, 9, 10"),
+        ("fork_from=nowhere@5", "nowhere is no run folder"),
+        ("fork_from=FOLDER", "must be RUN_FOLDER@STEP"),
+        ("steps=6", "steps=6 must be above the 6 of fork_from"),
+    ],
+)
+def test_what_cannot_carry_over_is_refused(
+    tmp_path: Path, straight: Path, sample: Path, change: str, line: str
+) -> None:
+    change = change.replace("FOLDER", str(straight))
+    with pytest.raises(ConfigError, match=line):
+        train(tmp_path, sample, f"fork_from={straight}@6", change)
+    assert not list(tmp_path.rglob("status.json"))
+
+
+def test_the_short_kill_test_survives(sample: Path, tmp_path: Path) -> None:
+    assert survive(kills=2, ranks=2, seed=1, overrides=[f"dataset.path={sample}"], folder=tmp_path) >= 1

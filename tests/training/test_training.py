@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ema_nesterov.data.shards import write_shard
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.training.checkpoint import load_checkpoint, save_checkpoint
-from ema_nesterov.training.folder import DIVERGED, FINISHED, read_status
+from ema_nesterov.training.folder import FINISHED, read_status
 from ema_nesterov.training.run import run, split_batch
 from tests.conftest import (
     ROOT,

@@ -18,7 +18,8 @@ OPEN = 2  # shards at a time: what lies behind is unmapped, so that memory does 
 class Tokens:
     """Positions count through the shards end to end.
 
-    A shard's checksum is compared when it is first opened, or before, where it is expected.
+    A shard's checksum is compared when it is first opened, or before, where it is expected; that it stays so, by its
+    time and size at every reading.
     """
 
     def __init__(self, folder: Path, shards: list[Shard], vocab_size: int):
@@ -27,6 +28,7 @@ class Tokens:
         self.begins = self.ends - [s.tokens for s in shards]
         self.maps: dict[int, np.ndarray] = {}
         self.checks: dict[int, Future[None]] = {}
+        self.stamps: dict[int, tuple[int, ...] | None] = {}  # of the files, when they were checked
         self.pool = ThreadPoolExecutor(1, "checksum")
 
     def __len__(self) -> int:
@@ -76,14 +78,29 @@ class Tokens:
         return np.concatenate(parts)
 
     def _open(self, shard: int) -> np.ndarray:
+        path = self.folder / self.shards[shard].file
         if shard not in self.maps:
             self._check(shard).result()
             while len(self.maps) >= OPEN:
                 del self.maps[next(iter(self.maps))]
-            self.maps[shard] = open_shard(self.folder / self.shards[shard].file)
+            self.maps[shard] = open_shard(path)
+        if stamp(path) != self.stamps[shard]:
+            raise DataError(
+                f"{path} was altered or taken away while it was read; put it back and type the same command"
+            )
         return self.maps[shard]
 
     def _check(self, shard: int) -> Future[None]:
         if shard not in self.checks:
+            self.stamps[shard] = stamp(self.folder / self.shards[shard].file)
             self.checks[shard] = self.pool.submit(require_sha256, self.folder, self.shards[shard])
         return self.checks[shard]
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file does; None: there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size, about.st_ino

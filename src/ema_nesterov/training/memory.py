@@ -9,6 +9,7 @@ products everything counts as fused. That is rather too much: the compiler also 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -65,17 +66,20 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
     shape = (micro_batch_size, cfg.seq_len)
     precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=gpu and cfg.model.get("autocast", True))
     eval_precision: Any = nullcontext if cfg.model.get("eval_float32", True) else precision
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is meant: an address of a tensor that has none
         whole = Started(cfg, gpu)
         run = whole if group is None else Started(cfg, gpu, group)
         model, optimizer, live = run.model, run.optimizer, run.live
+        tokens = torch.zeros(shape, dtype=torch.long)
         if compiles(cfg, device):
             with precision():
                 training = compiled_bytes(cfg, gpu, shape)
             with eval_precision(), torch.no_grad():
-                evaluation = compiled_bytes(cfg, gpu, shape)
+                evaluate: Any = partial(torch.empty, compiled_bytes(cfg, gpu, shape), dtype=torch.uint8)
+        else:
+            evaluate = partial(model, tokens, tokens)
         with live:
-            tokens = torch.zeros(shape, dtype=torch.long)
             if cfg.batch_size == micro_batch_size * ranks:  # else the gradients of the micro-batches before are there
                 optimizer.zero_grad()
             if compiles(cfg, device):
@@ -88,9 +92,6 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
                 del loss
             optimizer.step()
             optimizer.zero_grad()
-            evaluate: Any = partial(model, tokens, tokens)
-            if compiles(cfg, device):
-                evaluate = partial(torch.empty, evaluation, dtype=torch.uint8)
             with torch.no_grad(), eval_precision():
                 if cfg.probe_every:
                     next(probe(optimizer, copy_iterate(optimizer), evaluate))
@@ -183,13 +184,16 @@ def compiled_bytes(cfg: DictConfig, gpu: bool, shape: tuple[int, int]) -> int:
     """
     if "_target_" in cfg.model or cfg.model.layers < 3:
         return traced_bytes(fake_model(cfg, gpu), shape)
-    one, two = (OmegaConf.merge(cfg, {"model": {"layers": layers}}) for layers in (1, 2))
-    first, second = (traced_bytes(fake_model(c, gpu), shape) for c in (one, two))
+    small, traced = cfg.copy(), []
+    for small.model.layers in (1, 2):
+        traced.append(traced_bytes(fake_model(small, gpu), shape))
+    first, second = traced
     return first + (cfg.model.layers - 1) * (second - first)
 
 
 def traced_bytes(model: nn.Module, shape: tuple[int, int]) -> int:
-    from functorch.compile import aot_function, min_cut_rematerialization_partition  # slow to import, as is the next
+    # slow to import
+    from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -198,9 +202,9 @@ def traced_bytes(model: nn.Module, shape: tuple[int, int]) -> int:
     def loss(inputs: Tensor, targets: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(model, dict(zip(named, values, strict=True)), (inputs, targets))
 
-    def keep(module: GraphModule, _: Any) -> GraphModule:
+    def keep(module: GraphModule, _: Any) -> Any:
         graphs.append(module.graph)
-        return module
+        return make_boxed_func(module)
 
     tokens = torch.zeros(shape, dtype=torch.long)
     forward = aot_function(loss, keep, keep, min_cut_rematerialization_partition, select_decomp_table())

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -64,7 +64,7 @@ def joined(cfg: DictConfig) -> Iterator[Ranks]:
     if world_size() == 1:
         yield Ranks(0, 1, device)
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo")
     try:
         yield Ranks(dist.get_rank(), world_size(), device)
     finally:
@@ -77,89 +77,77 @@ class Checks:
     def __init__(self, cfg: DictConfig, ranks: Ranks):
         self.cfg, self.ranks = cfg, ranks
         self.micro_batch_size = 1  # until the batch is split
-        self.memory: Memory | None = None  # until it is estimated
+        self.needs: Memory | None = None  # until they are estimated
+        self.found: dict[str, Finding] = {}
 
     def run(self) -> dict[str, Finding]:
-        found: dict[str, Finding] = {}
-        found["device"] = self.attempt(self.check_device) or (OK, "")
-        if self.ranks.size > 1 and all(result == OK for result, _ in self.ranks.gather(found["device"])):
-            found["communication"] = self.attempt(self.check_communication) or (OK, "")
-        for check in (self.check_batch, self.check_memory, self.check_disk, self.check_data, self.check_wandb):
-            if finding := self.attempt(check):
-                found[check.__name__.removeprefix("check_")] = finding
-        return found
+        for name in ("device", "communication", "batch", "memory", "disk", "data", "wandb"):
+            try:
+                finding = getattr(self, name)()
+            except Exception as e:
+                finding = FAIL, explain(e)
+            if finding:
+                self.found[name] = finding
+        return self.found
 
-    def attempt(self, check: Callable[[], Finding | None]) -> Finding | None:
-        try:
-            return check()
-        except UserError as e:
-            return FAIL, " ".join(str(e).split())
-        except Exception as e:
-            return FAIL, explain(e)
-
-    def check_device(self) -> Finding:
+    def device(self) -> Finding:
         device = choose_device(self.cfg.trainer.device)
         if device.type == "cpu":
-            return OK, f"the CPU, {size(free_memory(device))} of memory free for each rank"
+            return OK, "the CPU"
         free, total = torch.cuda.mem_get_info(device)
         return OK, f"{torch.cuda.get_device_name(device)}, {size(free)} of {size(total)} free"
 
-    def check_communication(self) -> Finding:
+    def communication(self) -> Finding | None:
         """An all-reduce as DDP's, through NCCL where the ranks have GPUs."""
         ranks, group = self.ranks, None
+        if ranks.size == 1 or any(result == FAIL for result, _ in ranks.gather(self.found["device"])):
+            return None
         if ranks.device.type == "cuda":
-            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a rank that does not answer is an error, no abort
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a rank that is silent is an error, not an abort
             torch.cuda.set_device(ranks.device)
             group = dist.new_group(backend="nccl", timeout=PATIENCE)
 
-        def seconds(buffer: torch.Tensor, times: int) -> float:
-            for i in range(times + 1):
-                if i == 1:  # the first one connects
-                    began = time.perf_counter()
+        def seconds(numbers: int, times: int = 5) -> float:
+            buffer = torch.ones(numbers, device=ranks.device)
+            dist.all_reduce(buffer, group=group)
+            if not (buffer == ranks.size).all():
+                raise RuntimeError("the all-reduce sums wrongly; type NCCL_DEBUG=INFO to see more")
+            began = time.perf_counter()
+            for _ in range(times):
                 dist.all_reduce(buffer, group=group)
-                buffer.sum().item()  # waits for the device
+            buffer[0].item()  # waits for the device
             return (time.perf_counter() - began) / times
 
-        ones = torch.ones(1, device=ranks.device)
-        dist.all_reduce(ones, group=group)
-        if ones.item() != ranks.size:
-            return (
-                FAIL,
-                f"the sum of {ranks.size} ones over the ranks is {ones.item()}; type NCCL_DEBUG=INFO to see more",
-            )
-        latency = seconds(torch.zeros(1, device=ranks.device), 20)
-        bandwidth = BUFFER / seconds(torch.zeros(BUFFER // 4, device=ranks.device), 5)
-        gigabytes = ranks.gather(f"{latency * 1e3:.2f} ms, {bandwidth / 1e9:.1f} GB/s")[0]
-        return OK, f"all-reduce over {ranks.size} ranks by {dist.get_backend(group)}: {gigabytes}"
+        latency, rate = seconds(1) * 1e3, BUFFER / seconds(BUFFER // 4) / 1e9
+        details = f"all-reduce over {ranks.size} ranks by {dist.get_backend(group)}: {latency:.2f} ms, {rate:.1f} GB/s"
+        return (OK, details) if ranks.is_first else None
 
-    def check_batch(self) -> Finding:
-        cfg, ranks = self.cfg, self.ranks.size
-        self.micro_batch_size = micro = split_batch(cfg, ranks)
-        parts = cfg.batch_size // ranks // micro
-        return OK, f"{cfg.batch_size} sequences a step: {ranks} ranks x {parts} micro-batches of {micro}"
+    def batch(self) -> Finding:
+        self.micro_batch_size = micro = split_batch(self.cfg, self.ranks.size)
+        parts = self.cfg.batch_size // self.ranks.size // micro
+        return OK, f"{self.cfg.batch_size} sequences a step: {parts} micro-batches of {micro} a rank"
 
-    def check_memory(self) -> Finding:
+    def memory(self) -> Finding:
         micro, device = self.micro_batch_size, self.ranks.device
         try:
-            self.memory = m = estimate(self.cfg, micro, device, self.ranks.group)
+            self.needs = m = estimate(self.cfg, micro, device, self.ranks.group)
         except UserError:
             raise
         except Exception as e:  # a model or an optimizer of the user's
             return WARNING, f"no estimate: {explain(e)}"
-        parts = ("weights", "gradients", "optimizer", "wrapper", "activations")
-        details = f"{size(m.peak)} by estimate: " + ", ".join(f"{p} {size(getattr(m, p))}" for p in parts)
+        parts = [part for part in ("weights", "gradients", "optimizer", "wrapper", "activations") if getattr(m, part)]
+        details = f"about {size(m.peak)} ({', '.join(f'{part} {size(getattr(m, part))}' for part in parts)})"
         if device.type == "cuda" and not torch.cuda.is_available():
             return OK, f"{details}; there is no GPU to compare with"
-        free = free_memory(device)
+        free, lasting = free_memory(device), m.peak - m.activations
+        details = f"{details}: {m.peak / free:.0%} of what is free"
         if m.peak <= 0.9 * free:
-            return OK, f"{details}; {size(free)} free"
-        lasting = m.peak - m.activations
+            return OK, details
         fits = [n for n in range(1, micro) if micro % n == 0 and lasting + m.activations * n / micro <= 0.9 * free]
         advice = f"micro_batch_size={fits[-1]}" if fits else "a smaller seq_len or model"
-        result = FAIL if m.peak > free else WARNING
-        return result, f"{details}; {size(free)} free with micro_batch_size={micro}; type {advice}"
+        return FAIL if m.peak > free else WARNING, f"{details} with micro_batch_size={micro}; type {advice}"
 
-    def check_disk(self) -> Finding:
+    def disk(self) -> Finding:
         cfg, folder = self.cfg, run_folder(self.cfg)
         place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         try:
@@ -167,21 +155,21 @@ class Checks:
         except OSError as e:
             raise ConfigError(f"cannot write run folder {folder}: {e.strerror}; type runs_dir=FOLDER") from None
         free = shutil.disk_usage(place).free
-        if self.memory is None:
+        if self.needs is None:
             return WARNING, f"{size(free)} free in {place}; the size of a checkpoint is not known"
-        every, keep_every = cfg.checkpoint_every, cfg.trainer.get("keep_every")
+        every, keep_every = cfg.checkpoint_every, cfg.trainer.keep_every
         saved = -(-cfg.steps // every) if every else 1
         for_good = cfg.steps // math.lcm(every, keep_every) if every and keep_every else 0
         count = min(saved, cfg.trainer.keep_checkpoints + 1 + for_good)  # one more while it is written
         held = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
-        needed = max(0, count * self.memory.checkpoint + self.memory.weights - held)
-        details = f"{count} checkpoints of {size(self.memory.checkpoint)} and the weights: {size(needed)} to write"
+        needed = max(0, count * self.needs.checkpoint + self.needs.weights - held)
+        details = f"{count} checkpoints of {size(self.needs.checkpoint)} and the weights: {size(needed)} to write"
         if needed <= free:
             return OK, f"{details}; {size(free)} free in {place}"
         advice = "trainer.keep_checkpoints=1, a larger checkpoint_every or trainer.keep_every, or runs_dir=FOLDER"
         return FAIL, f"{details}, but only {size(free)} free in {place}; type {advice}"
 
-    def check_data(self) -> Finding:
+    def data(self) -> Finding:
         cfg, ranks, micro = self.cfg, self.ranks, self.micro_batch_size
         if "_target_" not in cfg.dataset and (waiting := unprepared(cfg.dataset)):
             return WARNING, waiting
@@ -196,7 +184,7 @@ class Checks:
             tokens = cfg.steps * cfg.batch_size * cfg.seq_len
             return OK, f"{dataset.folder}: {sum(dataset.sizes):,} training tokens; the run reads {tokens:,}"
 
-    def check_wandb(self) -> Finding | None:
+    def wandb(self) -> Finding | None:
         logger = self.cfg.logger
         if not self.ranks.is_first or logger.name != "wandb" or os.environ.get("WANDB_MODE", logger.mode) != "online":
             return None
@@ -263,5 +251,5 @@ def size(count: int) -> str:
 
 
 def explain(error: Exception) -> str:
-    """The first line of what an exception says."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:500]
