@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any
 
@@ -48,6 +50,10 @@ def inline_stream(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
         Pipe = staticmethod(multiprocessing.Pipe)
 
         class Process(Thread):
+            def __init__(self, target: Callable[..., None], args: tuple[Any, ...]):
+                theirs = Connection(os.dup(args[0].fileno()), readable=False)  # this process closes its own
+                super().__init__(target=target, args=(theirs, *args[1:]))
+
             def kill(self) -> None:
                 """It ends when its pipe is closed."""
 

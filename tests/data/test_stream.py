@@ -88,6 +88,7 @@ def rows(data: StreamDataset, step: int, ranks: int = 1) -> torch.Tensor:
     return torch.cat([b.inputs for rank in range(ranks) for b in data.batch(step, 12, rank, ranks, 3)])
 
 
+@pytest.mark.usefixtures("inline_stream")
 def test_every_row_is_a_row_of_the_prepared_set_once_an_epoch_for_any_ranks_and_restarts(
     raw, t5: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_every_row_is_a_row_of_the_prepared_set_once_an_epoch_for_any_ranks_and_
     two.close()
 
 
+@pytest.mark.usefixtures("inline_stream")
 def test_the_end_of_the_stream_is_an_error_that_says_what_was_needed(raw, t5: Path, tmp_path: Path) -> None:
     data = StreamDataset(composed(*overrides(raw[0], tmp_path, t5), "dataset.max_epochs=1").dataset, 32000, 0)
     data.require(40, 12, 3, 1)
@@ -121,6 +123,7 @@ def test_the_end_of_the_stream_is_an_error_that_says_what_was_needed(raw, t5: Pa
     data.close()
 
 
+@pytest.mark.usefixtures("inline_stream")
 def test_what_the_reading_process_cannot_do_is_said_in_one_line(raw, t5: Path, tmp_path: Path) -> None:
     folder = write_c4(tmp_path / "en", [["fine"], ["x"]], [documents(60)])
     data = StreamDataset(composed(*overrides(folder, tmp_path / "val", t5)).dataset, 32000, 0)
@@ -130,6 +133,7 @@ def test_what_the_reading_process_cannot_do_is_said_in_one_line(raw, t5: Path, t
     data.close()
 
 
+@pytest.mark.usefixtures("inline_stream")
 def test_a_run_that_streams_goes_on_from_a_checkpoint_on_more_ranks(raw, t5: Path, tmp_path: Path) -> None:
     keys = [*TINY, "model.vocab_size=32000", "steps=6", "checkpoint_every=3", "eval_every=3", "probe_every=0"]
     keys += [*overrides(raw[0], tmp_path / "val", t5), f"runs_dir={tmp_path / 'runs'}"]

@@ -506,7 +506,12 @@ def test_neither_the_clock_nor_the_host_matters(
 
 
 def test_a_fork_with_nothing_changed_is_the_run_itself(tmp_path: Path, straight: Path, sample: Path) -> None:
-    fork = train(tmp_path / "fork", sample, f"fork_from={straight}@6")
+    origin = copied(straight, tmp_path / "origin")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.3))
+        fork = train(tmp_path / "fork", sample, f"fork_from={origin}@6", code=PREEMPTED)
+    shutil.rmtree(origin)  # no longer needed
+    train(tmp_path / "fork", sample, f"fork_from={origin}@6")
     assert fork.parent.name != straight.parent.name
     assert_same_run(straight, fork)
 

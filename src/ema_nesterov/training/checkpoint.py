@@ -52,7 +52,7 @@ class Saver:
     ):
         self.folder, self.keep, self.keep_every, self.warn = folder, keep, keep_every, warn
         self.pool = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        self.writing: Future[None] | None = None
+        self.writing: Future[bool] | None = None
         self.copies: dict[str, Tensor] = {}  # pinned, and used again
         self.failed: OSError | None = None  # why the last one was not saved
 
@@ -62,9 +62,10 @@ class Saver:
         tensors: dict[str, Tensor] = {}
         nest = {"format": FORMAT, "state": _flatten(state, "", tensors, {})}
         if self.pool is None:
-            self._try(step, tensors, nest, first)
-        else:
-            self.writing = self.pool.submit(self._try, step, self._copy(tensors), nest, first)
+            self._try(step, first, lambda: self._write(step, tensors, nest))
+        elif self._try(step, first):
+            copies = self._copy(tensors)
+            self.writing = self.pool.submit(self._try, step, lambda: self._write(step, copies, nest))
 
     def wait(self) -> None:
         """Until what was saved is on the disk."""
@@ -75,15 +76,17 @@ class Saver:
         if self.pool is not None:
             self.pool.shutdown()
 
-    def _try(self, step: int, tensors: dict[str, Tensor], nest: dict[str, Any], first: Callable[[], None]) -> None:
+    def _try(self, step: int, *parts: Callable[[], None]) -> bool:
         try:
-            first()
-            self._write(step, tensors, nest)
+            for part in parts:
+                part()
             self.failed = None
+            return True
         except OSError as e:
             self.failed = e
             held = ", ".join(p.name for p in list_checkpoints(self.folder)[-1:]) or "none"
             self.warn(f"the checkpoint of step {step} is not saved ({e.strerror}); the last one is {held}; make room")
+            return False
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as they are now, on the CPU."""

@@ -47,7 +47,8 @@ def run(cfg: DictConfig) -> int:
             if group.is_first:
                 print(f"{folder} is finished already; delete it, or change the seed, to train again")
             return FINISHED
-        fork = open_fork(cfg) if cfg.fork_from is not None else None
+        begins = not list_checkpoints(folder / "checkpoints")  # once it has its own, that of the other run may go
+        fork = open_fork(cfg) if cfg.fork_from is not None and begins else None
         with (
             claimed(folder) if group.is_first else nullcontext(),
             stop_requests(folder / "STOP" if group.is_first else None) as stop,
