@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, Refused
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "optimizers", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture
+def bench_optimizers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return import_module("bench_optimizers")
 
 
-def test_the_table_has_every_contender_its_memory_and_its_ratio(tmp_path: Path) -> None:
+def test_the_table_has_every_contender_its_memory_and_its_ratio(
+    bench_optimizers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = bench_optimizers.make_parameters
+
+    def small(*args: Any) -> dict[str, list[torch.Tensor]]:
+        """An eighth of each side: what they hold is the same at any size."""
+        made = {
+            role: [p.detach()[tuple(slice(n // 8) for n in p.shape)].clone() for p in of]
+            for role, of in make(*args).items()
+        }
+        for p in [p for of in made.values() for p in of]:
+            p.requires_grad_()
+            p.grad = torch.randn_like(p)
+        return made
+
     output = tmp_path / "bench.json"
     parts = "parts=[wrappers,matrices,soap,record30]"
-    done = bench("shapes=tiny", "repeats=1", parts, f"output={output}", "device=cpu", "max_dim=1000")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(bench_optimizers, "make_parameters", small)
+    bench_optimizers.run(["shapes=tiny", "repeats=1", parts, f"output={output}", "device=cpu", "max_dim=1000"])
+    told = capsys.readouterr().out
     results = json.loads(output.read_text())
     rows = {row["name"]: row for title, part in results.items() if title != "machine" for row in part}
     assert {"EMANesterov", "Nesterov", "GPA", "Muon", "NorMuon", "Aurora", "SOAP", "Record30"} <= set(rows)
@@ -32,7 +50,7 @@ def test_the_table_has_every_contender_its_memory_and_its_ratio(tmp_path: Path) 
     for row in rows.values():
         if row["peer"]:
             assert row["faster"] == pytest.approx(rows[row["peer"]]["ms"] / row["ms"])
-            assert row["peer"] in done.stdout
+            assert row["peer"] in told
 
 
 @pytest.mark.parametrize(
@@ -44,7 +62,6 @@ def test_the_table_has_every_contender_its_memory_and_its_ratio(tmp_path: Path) 
     ],
 )
 def test_a_bad_argument_is_one_line_and_exit_code_2(
-    argument: str, message: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    argument: str, message: str, refused: Refused, bench_optimizers: Any
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     refused("bench.py", ["optimizers", argument], message)

@@ -1,6 +1,6 @@
 """Kill training at random moments, start it again with the same command, and compare with a run left alone.
 
-    python tests/stress/kill_resume.py [kills=100] [ranks=2] [seed=0] [OVERRIDE ...]
+    python tests/stress/kill_resume.py [kills=100] [ranks=2] [seed=0] [steps=80] [OVERRIDE ...]
 
 Each life of a run is ended by SIGKILL: of all its processes, of torchrun or of one rank, after a random time or in the
 middle of a save. When a run has finished in spite of it, its final weights, its checkpoint and every line of
@@ -26,8 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.conftest import TINY, assert_same, final_state, read_metrics, run_folder  # noqa: E402
 
-STEPS = 80
-SETTINGS = (*TINY, f"steps={STEPS}", "eval_every=16", "probe_every=20", "checkpoint_every=1", "log_every=1")
+SETTINGS = (*TINY, "eval_every=16", "probe_every=20", "checkpoint_every=1", "log_every=1")
 SETTINGS += ("trainer.keep_checkpoints=2",)
 
 
@@ -65,9 +64,10 @@ def children_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def survive(kills: int, ranks: int, seed: int, overrides: list[str], folder: Path) -> int:
+def survive(kills: int, ranks: int, seed: int, steps: int, overrides: list[str], folder: Path) -> int:
     """Runs that were killed and compared; raises AssertionError at the first difference."""
     rng, survived, finished = random.Random(seed), 0, 0
+    overrides = [*overrides, f"steps={steps}"]
     straight = launch(ranks, *overrides, f"runs_dir={folder / 'straight'}")
     output = straight.communicate()[0]
     assert straight.returncode == 0, output
@@ -87,7 +87,7 @@ def survive(kills: int, ranks: int, seed: int, overrides: list[str], folder: Pat
             print(f"kill {survived}/{kills} ({how}) of run {finished}, step {max(saved, default=0)}", flush=True)
         killed = run_folder(runs)
         assert read_metrics(killed) == read_metrics(reference)
-        states = [final_state(f, STEPS) for f in (killed, reference)]
+        states = [final_state(f, steps) for f in (killed, reference)]
         assert_same(*states)
         assert_same(load_file(killed / "model.safetensors"), load_file(reference / "model.safetensors"))
         print(f"run {finished} after {lives} lives is the run left alone", flush=True)
@@ -96,7 +96,7 @@ def survive(kills: int, ranks: int, seed: int, overrides: list[str], folder: Pat
 
 
 def main(arguments: list[str]) -> None:
-    numbers = {"kills": 100, "ranks": 2, "seed": 0}
+    numbers = {"kills": 100, "ranks": 2, "seed": 0, "steps": 80}
     overrides = []
     for argument in arguments:
         key, _, value = argument.partition("=")

@@ -419,7 +419,7 @@ def test_a_full_file_system_loses_no_line_of_metrics(tmp_path: Path, sample: Pat
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        overrides = ["steps=60", "checkpoint_every=4", "probe_every=0", "trainer.keep_checkpoints=1"]
+        overrides = ["steps=30", "checkpoint_every=4", "probe_every=0", "trainer.keep_checkpoints=1"]
         process = started(*overrides, f"dataset.path={sample}", f"runs_dir={runs}")
         wait_for(trained(runs, 4), process)
         filler = runs / "filler"
@@ -437,7 +437,7 @@ def test_a_full_file_system_loses_no_line_of_metrics(tmp_path: Path, sample: Pat
         assert process.wait(timeout=120) == 0
         folder = run_folder(runs)
         steps = [m["step"] for m in read_metrics(folder) if "train/loss" in m]
-        assert steps == list(range(1, 61))
+        assert steps == list(range(1, 31))
         assert read_status(folder)["status"] == "finished"
     finally:
         subprocess.run(["umount", str(runs)], check=True)
@@ -558,4 +558,4 @@ def test_what_cannot_carry_over_is_refused(
 
 
 def test_the_short_kill_test_survives(sample: Path, tmp_path: Path) -> None:
-    assert survive(kills=2, ranks=2, seed=1, overrides=[f"dataset.path={sample}"], folder=tmp_path) >= 1
+    assert survive(kills=2, ranks=2, seed=1, steps=20, overrides=[f"dataset.path={sample}"], folder=tmp_path) >= 1

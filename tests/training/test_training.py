@@ -55,10 +55,15 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert_same(load_file(a / "model.safetensors"), load_file(b / "model.safetensors"))
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
+    """The folder of a run that was left alone."""
+    return train(tmp_path_factory.mktemp("straight"), sample)
+
+
 @pytest.mark.parametrize("stopped_at", [0, 3, 6, 9, 10])
-def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, sample: Path, stopped_at: int) -> None:
-    straight = train(tmp_path / "straight", sample)
-    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, straight: Path, sample: Path, stopped_at: int) -> None:
+    shutil.copytree(straight.parents[2], tmp_path / "stopped")
     resumed = run_folder(tmp_path / "stopped")
     stop_after(resumed, stopped_at)
     with open(resumed / "metrics.jsonl", "a") as f:
@@ -90,18 +95,17 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, sample: Path, s
 def test_every_kind_of_run_resumes_exactly(tmp_path: Path, sample: Path, variant: tuple[str, ...]) -> None:
     tiny = TINY if "lookahead" not in variant[0] else [o for o in TINY if not o.startswith("lookahead.")]
     overrides = [*tiny, f"dataset.path={sample}", *variant]
-    for name in ("straight", "stopped"):
-        assert run(composed(*overrides, f"runs_dir={tmp_path / name}")) == FINISHED
+    assert run(composed(*overrides, f"runs_dir={tmp_path / 'straight'}")) == FINISHED
+    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
     stop_after(run_folder(tmp_path / "stopped"), 6)
     assert run(composed(*overrides, f"runs_dir={tmp_path / 'stopped'}")) == FINISHED
     assert_same_run(run_folder(tmp_path / "straight"), run_folder(tmp_path / "stopped"))
 
 
-def test_evaluation_and_probes_change_no_bit_of_the_training(tmp_path: Path, sample: Path) -> None:
-    watched = train(tmp_path / "watched", sample)
+def test_evaluation_and_probes_change_no_bit_of_the_training(tmp_path: Path, straight: Path, sample: Path) -> None:
     alone = train(tmp_path / "alone", sample, "eval_every=0", "probe_every=0", "log_every=5", "checkpoint_every=0")
-    assert_same(final_state(watched), final_state(alone))
-    losses = {line["step"]: line["train/loss"] for line in read_metrics(watched) if "train/loss" in line}
+    assert_same(final_state(straight), final_state(alone))
+    losses = {line["step"]: line["train/loss"] for line in read_metrics(straight) if "train/loss" in line}
     assert [line["train/loss"] for line in read_metrics(alone) if "train/loss" in line] == [losses[5], losses[10]]
 
 
@@ -171,8 +175,8 @@ def test_every_architecture_trains(tmp_path: Path, sample: Path, model: tuple[st
     assert losses[-1] < losses[0]
 
 
-def test_metrics_hold_what_the_design_promises(tmp_path: Path, sample: Path) -> None:
-    folder = train(tmp_path, sample)
+def test_metrics_hold_what_the_design_promises(straight: Path) -> None:
+    folder = straight
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all({"step", "tokens", "time"} <= set(line) for line in lines)
     assert all(line["tokens"] == line["step"] * 12 * 32 for line in lines)
@@ -214,11 +218,11 @@ def test_the_probe_agrees_with_the_validation(tmp_path: Path, sample: Path) -> N
         assert probe["ema", 0.75] == pytest.approx(validation["val/lookahead_loss"], abs=1e-5)
 
 
-def test_exported_weights_are_the_iterate_and_checkpoints_the_lookahead_point(tmp_path: Path, sample: Path) -> None:
+def test_exported_weights_are_the_iterate_and_checkpoints_the_lookahead_point(straight: Path) -> None:
     from ema_nesterov.models import build_model
     from ema_nesterov.optim.build import build_optimizer
 
-    folder = train(tmp_path, sample)
+    folder = straight
     model = build_model(composed(*TINY).model)
     optimizer = build_optimizer(model, composed(*TINY))
 

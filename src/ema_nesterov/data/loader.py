@@ -70,7 +70,6 @@ class TokenDataset:
         most = held(self.cfg.max_epochs)
         if steps <= most:
             self.train.expect(int(self._starts(0, batch_size, 0, ranks, micro_batch_size)[0])).result()
-            self.val.tokens.expect(0).result()
             return
         epochs = self.cfg.max_epochs
         while held(epochs) < steps and epochs < 1_000_000:
@@ -186,6 +185,7 @@ class Validation:
                 f"dataset.val_tokens={cfg.val_tokens}, but {folder} holds {held} validation targets in whole examples; "
                 f"type dataset.val_tokens={held}"
             )
+        self.tokens.expect(0).result()  # an altered shard is told now, not when the run has begun
 
     def batches(self, tokens: int | None, rank: int, ranks: int, micro_batch_size: int) -> Iterator[MicroBatch]:
         """A rank's share of the first examples that hold `tokens` targets (None: those of dataset.val_tokens)."""

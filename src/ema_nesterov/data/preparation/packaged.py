@@ -293,7 +293,8 @@ def _download(source: Source, own: Path, work: Path) -> tuple[Path, str]:
     exact = f"{source.name}{'==' if source.registry == PYPI else '@'}{source.version}"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q", "-d", "."]
     pinned = work / f"{source.name}.requirements"
-    pinned.write_text(f"{exact} --hash=sha256:{source.sha256}\n")
+    if source.sha256:
+        pinned.write_text(f"{exact} --hash=sha256:{source.sha256}\n")
     commands = {
         PYPI: [[*pip, "-r", str(pinned.resolve())] if source.sha256 else [*pip, "--only-binary=:all:", exact]],
         NPM: [[shutil.which("npm") or "npm", "pack", "--ignore-scripts", "--silent", exact]],
