@@ -78,6 +78,8 @@ def open_fork(cfg: DictConfig) -> Fork:
     except Exception as e:  # YAML's errors are many
         raise ConfigError(f"fork_from: {folder / 'config.yaml'} cannot be read ({type(e).__name__})") from None
     assert isinstance(parent, DictConfig)
+    if "${" in (folder / "config.yaml").read_text():  # a run writes values alone; this could read the environment
+        raise ConfigError(f"fork_from: {folder / 'config.yaml'} holds an interpolation, which no run writes; mend it")
     for key, was, new in (*differences(cfg, folder / "config.yaml"), ("seed", parent.seed, cfg.seed)):
         if key.partition(".")[0] not in MAY_DIFFER and was != new:
             raise ConfigError(f"{key}={new} cannot carry over from {folder}, which has {was}; type {key}={was}")
