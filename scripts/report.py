@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ema_nesterov.cli import guard, parse
-from ema_nesterov.errors import ConfigError, DataError, UserError
+from ema_nesterov.errors import ConfigError
 from ema_nesterov.reporting.figures import draw
 from ema_nesterov.reporting.page import write_page
-from ema_nesterov.reporting.runs import Run, find_runs
+from ema_nesterov.reporting.runs import find_runs
 from ema_nesterov.reporting.table import COLUMNS, LEGEND, rows, verdicts, write_table
 
 
@@ -29,31 +28,6 @@ class Arguments:
     runs: Any = "runs"
     output: str | None = None
     title: str = "Lookahead or not"
-
-
-def read_runs(roots: list[Path]) -> tuple[list[Run], list[str]]:
-    """What `find_runs` finds, as far as it can be compared. Raises DataError for files that train.py did not write."""
-    try:
-        found, others = find_runs(roots)
-    except UserError:
-        raise
-    except Exception as e:  # what parsers raise, and what follows from a key that is not there
-        raise DataError(
-            f"a run below {', '.join(map(str, roots))} has a damaged status.json, config.yaml or metrics.jsonl "
-            f"({type(e).__name__}: {e}); take it away"
-        ) from None
-    runs = []
-    for run in found:
-        if "${" in OmegaConf.to_yaml(run.config):  # train.py resolves them; one may stand for a secret of this machine
-            raise DataError(f"{run.folder}/config.yaml refers to other values; take that run away")
-        losses = run.curve("val/loss")[1]
-        if losses and all(isinstance(loss, int | float) and abs(loss) < 700 for loss in losses):
-            runs.append(run)
-        else:
-            others.append(f"{run.folder}: no validation loss that is a number")
-    if not runs:
-        raise DataError(f"no run below {', '.join(map(str, roots))} has validation losses; type another runs=FOLDER")
-    return runs, others
 
 
 def main() -> None:
@@ -65,7 +39,7 @@ def main() -> None:
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"runs={args.runs} must be a folder, or a list [A,B] of them; quote a name of digits")
     roots = [Path(name) for name in names]
-    runs, others = read_runs(roots)
+    runs, others = find_runs(roots)
     folder = Path(args.output) if args.output else roots[0] / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)

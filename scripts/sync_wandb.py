@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ema_nesterov.cli import guard, parse
-from ema_nesterov.errors import ConfigError, UserError
+from ema_nesterov.errors import ConfigError, UserError, one_line
 from ema_nesterov.training.folder import read_status
 from ema_nesterov.training.logs import read_metrics
 from ema_nesterov.training.mirror import REFUSED
@@ -43,8 +43,6 @@ def main() -> None:
     folders = find([Path(name) for name in names])
     if args.mode not in ("online", "offline"):
         raise ConfigError(f"mode={args.mode} is neither online nor offline")
-    from ema_nesterov.training.wandb_run import explain  # here, so that a typo is answered before wandb is loaded
-
     if args.mode == "online":
         require_key()
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -57,7 +55,7 @@ def main() -> None:
                 console.print(f"{folder}: left to its own mirror, which runs at present")
             except Exception as e:  # of many kinds; the next run may do
                 failed += 1
-                console.print(f"{folder}: {explain(e)}")
+                console.print(f"{folder}: {one_line(e)}")
     if failed:
         raise UserError(f"{failed} of {len(folders)} runs could not be sent; the same command goes on")
 
@@ -75,12 +73,12 @@ def find(roots: list[Path]) -> list[Path]:
 
 
 def require_key() -> None:
-    from ema_nesterov.training.wandb_run import explain, has_key
+    from ema_nesterov.training.wandb_run import has_key  # here, so that a typo is answered before wandb is loaded
 
     try:
         reason = None if has_key() else "W&B has no key; type wandb login"
     except Exception as e:
-        reason = f"W&B does not let in ({explain(e)}); try later"
+        reason = f"W&B does not let in ({one_line(e)}); try later"
     if reason:
         raise UserError(f"{reason}, or mode=offline")
 

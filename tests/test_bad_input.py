@@ -335,8 +335,12 @@ REPORT: list[tuple[str, dict[str, str], str]] = [
     ("runs=r", {"config.yaml": "a: ["}, "(ParserError"),
     ("runs=r", {"config.yaml": "!!python/name:os.system x"}, "could not determine a constructor"),
     ("runs=r", {"config.yaml": "lookahead: {name: none}\nseed: 0\nname: ${oc.env:HOME}"}, "refers to other values"),
-    ("runs=r", {"metrics.jsonl": "{}\n"}, "no run below r has validation losses"),
-    ("runs=r", {"metrics.jsonl": '{"step": 1, "val/loss": NaN}\n'}, "no run below r has validation losses"),
+    ("runs=r", {"metrics.jsonl": "{}\n"}, "no finished run below r has validation losses; type another runs=FOLDER"),
+    (
+        "runs=r",
+        {"metrics.jsonl": '{"step": 1, "val/loss": NaN}\n'},
+        "no finished run below r has validation losses; type another runs=FOLDER",
+    ),
 ]
 
 

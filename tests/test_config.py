@@ -7,7 +7,8 @@ import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from ema_nesterov.config import alpha_schedule, check, lr_schedule, momentum_schedule, steps_of
+from ema_nesterov.config import check
+from ema_nesterov.derived import alpha_schedule, lr_schedule, momentum_schedule, steps_of
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.lookahead import Wrapper
 from ema_nesterov.models import build_model

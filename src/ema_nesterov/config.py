@@ -1,7 +1,7 @@
-"""The configuration: what a composed config means, and whether it can be run.
+"""The configuration, and whether it can be run.
 
 Importing this module registers the schemas with Hydra; the YAML files in configs/ hold the values.
-`check` validates what types cannot.
+`check` validates what types cannot. What a config implies is in derived.py.
 """
 
 from __future__ import annotations
@@ -19,79 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import schemas  # importing it registers them
+from .derived import alpha_schedule, lr_schedule, momentum_schedule, steps_of
 from .errors import ConfigError
-from .schedules import Schedule, lookahead_alpha, lr_matched, momentum_ramp, power, wsd
-
-# --- derived values -------------------------------------------------------------------------------
-
-
-def steps_of(length: float, total: int, key: str = "length") -> int:
-    """A schedule length in steps: a fraction of the run below 1, else a whole number of steps."""
-    if not math.isfinite(length) or length < 0 or (length >= 1 and length != int(length)):
-        raise ConfigError(f"{key} must be a fraction below 1 or a whole number of steps, got {length}")
-    return round(length * total) if length < 1 else int(length)
-
-
-def lr_schedule(cfg: DictConfig, matrix: bool = False) -> Schedule:
-    """The factor on the learning rate as a function of the step; matrix: on that of the matrix optimizer."""
-    s = cfg.schedule
-    try:
-        if s.decay == "power":
-            decay = s.matrix_decay_steps if matrix and s.matrix_decay_steps is not None else s.decay_steps
-            lengths = (length * cfg.steps if length < 1 else length for length in (decay, s.extra_steps))
-            decay, extra = lengths
-            schedule = power(cfg.steps, decay, s.exponent, extra)
-        else:
-            warmup = steps_of(s.warmup_steps, cfg.steps, "schedule.warmup_steps")
-            decay = steps_of(s.decay_steps, cfg.steps, "schedule.decay_steps")
-            schedule = wsd(cfg.steps, warmup, decay, s.min_ratio, s.decay)
-        if s.matched_alpha:
-            warmup = steps_of(s.matched_warmup_steps, cfg.steps, "schedule.matched_warmup_steps")
-            rest = steps_of(s.matched_rest_steps, cfg.steps, "schedule.matched_rest_steps")
-            schedule = lr_matched(schedule, lookahead_alpha(s.matched_alpha, schedule, cfg.steps, warmup, rest))
-    except ValueError as e:
-        raise ConfigError(f"schedule: {e}") from None
-    return schedule
-
-
-def momentum_schedule(cfg: DictConfig) -> Schedule | None:
-    """The momentum of the matrix optimizer as a function of the step; None: it stays what it is."""
-    s = cfg.schedule
-    warmup = steps_of(s.momentum_warmup_steps, cfg.steps, "schedule.momentum_warmup_steps")
-    cooldown = steps_of(s.momentum_cooldown_steps, cfg.steps, "schedule.momentum_cooldown_steps")
-    if not warmup and not cooldown:
-        return None
-    try:
-        return momentum_ramp(cfg.steps, s.momentum_low, cfg.optimizer.momentum, warmup, cooldown)
-    except ValueError as e:
-        raise ConfigError(f"schedule: {e}") from None
-
-
-def lookahead_position(cfg: DictConfig) -> float:
-    """Where on the line x + a d the gradients are taken, at the run's full alpha; 0 without a lookahead."""
-    look = cfg.lookahead
-    if look.name == "none":
-        return 0.0
-    if look.name in ("lookahead", "snoo"):
-        return 1.0  # the fast weights
-    return 1 - look.mu_y if look.name == "gpa" else look.alpha
-
-
-def alpha_schedule(cfg: DictConfig) -> Schedule:
-    """alpha_t as a function of the step; constant where the method has no schedule."""
-    look = cfg.lookahead
-    if "warmup_steps" not in look:
-        position = lookahead_position(cfg)
-        return lambda step: position
-    warmup = steps_of(look.warmup_steps, cfg.steps, "lookahead.warmup_steps")
-    rest = steps_of(look.rest_steps, cfg.steps, "lookahead.rest_steps")
-    try:
-        return lookahead_alpha(look.alpha, lr_schedule(cfg), cfg.steps, warmup, rest)
-    except ValueError as e:
-        raise ConfigError(f"lookahead: {e}") from None
-
-
-# --- validation -----------------------------------------------------------------------------------
 
 
 def check(cfg: DictConfig) -> None:

@@ -22,43 +22,8 @@ from ema_nesterov.errors import ConfigError
 from ema_nesterov.training.checkpoint import load_checkpoint, save_checkpoint
 from ema_nesterov.training.folder import FINISHED, read_status
 from ema_nesterov.training.run import run, split_batch
-from tests.conftest import (
-    ROOT,
-    TINY,
-    assert_same,
-    composed,
-    final_state,
-    read_metrics,
-    run_folder,
-    train_process,
-)
-
-
-def train(runs: Path, sample: Path, *overrides: str) -> Path:
-    """A finished run in this process; returns its folder."""
-    assert run(composed(*TINY, f"runs_dir={runs}", f"dataset.path={sample}", *overrides)) == FINISHED
-    return run_folder(runs)
-
-
-def stop_after(folder: Path, step: int) -> None:
-    """Make a finished run's folder look as if it had been killed after the checkpoint of `step`."""
-    for path in (folder / "checkpoints").glob("step_*"):
-        if int(path.name.removeprefix("step_")) > step:
-            shutil.rmtree(path)
-    status = read_status(folder)
-    (folder / "status.json").write_text(json.dumps({**status, "status": "running"}))
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert read_metrics(a) == read_metrics(b)
-    assert_same(final_state(a), final_state(b))
-    assert_same(load_file(a / "model.safetensors"), load_file(b / "model.safetensors"))
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
-    """The folder of a run that was left alone."""
-    return train(tmp_path_factory.mktemp("straight"), sample)
+from tests.conftest import ROOT, TINY, assert_same, composed, final_state, read_metrics, run_folder, train_process
+from tests.training.runs import assert_same_run, plugin, stop_after, train
 
 
 @pytest.mark.parametrize("stopped_at", [0, 3, 6, 9, 10])
@@ -313,24 +278,20 @@ def test_old_checkpoints_go_and_half_written_ones_are_not_seen(tmp_path: Path) -
 
 
 def test_plugins_bring_in_a_users_own_classes(tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_module.py").write_text(
+    code = (
         "import torch\n"
         "from ema_nesterov.models import NanoGPT124M\n"
         "def Small(width): return NanoGPT124M(4096, 1, 2, width)\n"
         "class MySGD(torch.optim.SGD): pass\n"
     )
-    configs = tmp_path / "configs"
-    for group, text in (("model", "_target_: my_module.Small\nname: small\nwidth: 16\n"),
-                        ("optimizer", "_target_: my_module.MySGD\nname: mine\nlr: 0.1\n")):  # fmt: skip
-        (configs / group).mkdir(parents=True)
-        (configs / group / "mine.yaml").write_text(text)
-    common = ["--config-dir", str(configs), "model=mine", "optimizer=mine", "steps=2", "seq_len=16", "batch_size=2"]
+    plugin(tmp_path, "mine", code, "model", "_target_: mine.Small\nname: small\nwidth: 16\n")
+    environment = plugin(tmp_path, "mine", code, "optimizer", "_target_: mine.MySGD\nname: mine\nlr: 0.1\n")
+    common = ["--config-dir", str(tmp_path), "model=mine", "optimizer=mine", "steps=2", "seq_len=16", "batch_size=2"]
     common += ["dataset.val_tokens=64", f"dataset.path={sample}", f"runs_dir={tmp_path / 'runs'}"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     refused = train_process(*common, env=environment)
     assert refused.returncode == 2
-    assert "type plugins=[my_module]" in refused.stderr
-    done = train_process(*common, "plugins=[my_module]", env=environment)
+    assert "type plugins=[mine]" in refused.stderr
+    done = train_process(*common, "plugins=[mine]", env=environment)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"mine_ema_nesterov-[0-9a-f]{8}", run_folder(tmp_path / "runs").parent.name)
 

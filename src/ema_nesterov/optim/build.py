@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ..config import alpha_schedule, steps_of
+from ..derived import alpha_schedule, steps_of
 from ..errors import ConfigError
 from ..lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nesterov
 from ..plugins import instantiate

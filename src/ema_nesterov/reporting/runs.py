@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import DataError
+from ..errors import DataError, UserError, one_line
+from ..training.folder import load_config
 from ..training.logs import read_metrics
 
 # What may differ between a run and its base: the lookahead, and what does not change the weights.
@@ -71,25 +72,36 @@ class Run:
 
 
 def find_runs(roots: list[Path]) -> tuple[list[Run], list[str]]:
-    """The finished runs below the folders, and a line for each that is not finished.
+    """The finished runs below the folders, and a line for each that is not finished, or has no loss to compare.
 
-    Raises DataError when there is no finished run.
+    Raises DataError when there is no finished run, or one whose files train.py did not write.
     """
     runs, others = [], []
     for root in roots:
         if not root.exists():
             raise DataError(f"{root} does not exist; type runs=FOLDER, a folder that train.py wrote")
-        for path in sorted(root.rglob("status.json")):
-            status = json.loads(path.read_text())
-            if status["status"] != "finished":
-                others.append(f"{path.parent}: {status['status']} at step {status['step']} {status['message']}".strip())
-                continue
-            config = OmegaConf.load(path.parent / "config.yaml")
-            assert isinstance(config, DictConfig)
-            runs.append(Run(path.parent, config, status, read_metrics(path.parent / "metrics.jsonl")))
+        for folder in sorted(path.parent for path in root.rglob("status.json")):
+            try:
+                status = json.loads((folder / "status.json").read_text())
+                if status["status"] != "finished":
+                    others.append(f"{folder}: {status['status']} at step {status['step']} {status['message']}".strip())
+                    continue
+                run = Run(folder, load_config(folder), status, read_metrics(folder / "metrics.jsonl"))
+                losses = run.curve("val/loss")[1]
+                if losses and all(isinstance(loss, int | float) and abs(loss) < 700 for loss in losses):
+                    runs.append((run.has_lookahead, run.name, run.config.seed, run))
+                else:
+                    others.append(f"{folder}: no validation loss that is a number")
+            except UserError:
+                raise
+            except Exception as e:  # what parsers raise, and what follows from a key that is not there
+                raise DataError(
+                    f"{folder} has a damaged status.json, config.yaml or metrics.jsonl ({one_line(e)}); take it away"
+                ) from None
     if not runs:
-        raise DataError(f"no finished run below {', '.join(map(str, roots))}")
-    return sorted(runs, key=lambda r: (r.has_lookahead, r.name, r.config.seed)), others
+        below = ", ".join(map(str, roots))
+        raise DataError(f"no finished run below {below} has validation losses; type another runs=FOLDER")
+    return [run for *_, run in sorted(runs, key=lambda entry: entry[:3])], others
 
 
 def base_of(run: Run, runs: list[Run]) -> Run | None:

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from .identity import changed
 from .logs import write_atomically
 
@@ -74,20 +74,34 @@ def cannot_write(folder: Path, error: OSError) -> ConfigError:
 def require_same(cfg: DictConfig, path: Path) -> None:
     """Raise ConfigError, naming the first difference, when a config.yaml is not of this run: it was edited, or a newer
     version has other defaults."""
-    for key, was, new in differences(cfg, path):
+    for key, was, new in differences(cfg, path.parent):
         raise ConfigError(
             f"{path} says {key}={was}, this command {key}={new}; type {key}={was}, or runs_dir=FOLDER to begin anew"
         )
 
 
-def differences(cfg: DictConfig, path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value there, value here) of what changes the result and is not in a config.yaml as it is in a config."""
-    there: Any = OmegaConf.to_container(OmegaConf.load(path))
+def differences(cfg: DictConfig, folder: Path) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value there, value here) of what changes the result and a folder's config has otherwise than this one."""
+    there: Any = OmegaConf.to_container(load_config(folder))
     here, now = OmegaConf.to_container(cfg, resolve=True), dict(changed(cfg))
     for key in sorted({*now, *(key for key, _ in changed(OmegaConf.create(there)))} - {"fork_from"}):
         was, new = look_up(there, key), look_up(here, key)
         if was != new and not (was is None and key not in now):
             yield key, was, new
+
+
+def load_config(folder: Path) -> DictConfig:
+    """The config of a run folder. Raises ConfigError for one that train.py did not write: it writes values alone, and
+    what refers to others could read this machine's environment."""
+    path = folder / "config.yaml"
+    try:
+        text = path.read_text()
+        cfg = OmegaConf.create(text)
+    except Exception as e:  # of YAML's and OmegaConf's there are many
+        raise ConfigError(f"{path} cannot be read ({one_line(e)}); mend it, or take {folder} away") from None
+    if not isinstance(cfg, DictConfig) or "${" in text:
+        raise ConfigError(f"{path} refers to other values, which train.py never writes; mend it, or take it away")
+    return cfg
 
 
 def look_up(nest: Any, key: str) -> Any:
@@ -116,8 +130,11 @@ def provenance() -> dict[str, str]:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    path = folder / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Empty where there is none, or none that can be read."""
+    try:
+        return json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 class Status:
@@ -153,6 +170,5 @@ def status(folder: Path, first: bool, resumed_from: int | None) -> Iterator[Stat
     except BaseException as e:
         state.writes = True  # whichever rank it is
         user = isinstance(e, UserError)
-        message = str(e) if user else f"{type(e).__name__}: {e}".removesuffix(": ")
-        state.update(exit_code=BAD_INPUT if user else FAILED, message=message)
+        state.update(exit_code=BAD_INPUT if user else FAILED, message=one_line(e))
         raise

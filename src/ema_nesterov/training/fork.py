@@ -23,7 +23,7 @@ from ..optim.build import build_optimizer
 from .checkpoint import list_checkpoints, load_checkpoint, step_of, whole
 from .distributed import Ranks
 from .evaluate import copy_iterate, parameters
-from .folder import differences
+from .folder import differences, load_config
 from .logs import read_metrics
 
 MAY_DIFFER = ("steps", "schedule", "lookahead", "probe_ema_decay", "trainer")
@@ -73,14 +73,8 @@ def open_fork(cfg: DictConfig) -> Fork:
         )
     if not whole(checkpoint):
         raise ConfigError(f"fork_from: {checkpoint} is damaged; choose another step")
-    try:
-        parent = OmegaConf.load(folder / "config.yaml")
-    except Exception as e:  # YAML's errors are many
-        raise ConfigError(f"fork_from: {folder / 'config.yaml'} cannot be read ({type(e).__name__})") from None
-    assert isinstance(parent, DictConfig)
-    if "${" in (folder / "config.yaml").read_text():  # a run writes values alone; this could read the environment
-        raise ConfigError(f"fork_from: {folder / 'config.yaml'} holds an interpolation, which no run writes; mend it")
-    for key, was, new in (*differences(cfg, folder / "config.yaml"), ("seed", parent.seed, cfg.seed)):
+    parent = load_config(folder)
+    for key, was, new in (*differences(cfg, folder), ("seed", parent.seed, cfg.seed)):
         if key.partition(".")[0] not in MAY_DIFFER and was != new:
             raise ConfigError(f"{key}={new} cannot carry over from {folder}, which has {was}; type {key}={was}")
     return Fork(checkpoint, step, parent)

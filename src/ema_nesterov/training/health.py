@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +59,9 @@ class Watch:
             return f"loss {health.loss}" if not math.isfinite(health.loss) else f"gradient norm {health.norm}"
         self.in_a_row = 0
         if len(self.losses) == self.losses.maxlen:
-            spread = pstdev(self.losses) or math.inf
-            self.zscore = (health.loss - fmean(self.losses)) / spread
+            mean = fmean(self.losses)
+            spread = math.sqrt(fmean((loss - mean) ** 2 for loss in self.losses)) or math.inf
+            self.zscore = (health.loss - mean) / spread
         self.losses.append(health.loss)  # a spike, too: a lasting shift is none for long
         if self.zscore is not None and self.skip_spikes is not None and self.zscore > self.skip_spikes:
             self.skipped += 1

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..config import alpha_schedule, lookahead_position, lr_schedule, momentum_schedule
 from ..data.loader import MicroBatch, prefetch
+from ..derived import alpha_schedule, lookahead_position, lr_schedule, momentum_schedule
 from ..errors import ConfigError
 from ..lookahead import Wrapper
 from ..models import build_model

@@ -26,7 +26,7 @@ from ..data.loader import TokenDataset
 from ..data.manifest import load_manifest
 from ..data.preparation.recipes import shards_folder, text_sources
 from ..data.shards import find_shards, read_header
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from .distributed import Ranks, choose_device, world_size
 from .folder import BAD_INPUT, FINISHED
 from .identity import run_folder
@@ -85,7 +85,7 @@ class Checks:
             try:
                 finding = getattr(self, name)()
             except Exception as e:
-                finding = FAIL, explain(e)
+                finding = FAIL, one_line(e)
             if finding:
                 self.found[name] = finding
         return self.found
@@ -134,7 +134,7 @@ class Checks:
         except UserError:
             raise
         except Exception as e:  # a model or an optimizer of the user's
-            return WARNING, f"no estimate: {explain(e)}"
+            return WARNING, f"no estimate: {one_line(e)}"
         parts = [part for part in ("weights", "gradients", "optimizer", "wrapper", "activations") if getattr(m, part)]
         details = f"about {size(m.peak)} ({', '.join(f'{part} {size(getattr(m, part))}' for part in parts)})"
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -193,7 +193,7 @@ class Checks:
         try:
             reason = "" if has_key() else "W&B has no key; type wandb login"
         except Exception as e:
-            reason = f"W&B cannot be reached ({explain(e)})"
+            reason = f"W&B cannot be reached ({one_line(e)})"
         if reason:
             return WARNING, f"{reason}; until then the run logs offline"
         return OK, f"W&B takes the key; project {logger.project}"
@@ -248,8 +248,3 @@ def free_memory(device: torch.device) -> int:
 
 def size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def explain(error: Exception) -> str:
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:500]

@@ -22,7 +22,8 @@ import wandb
 from filelock import FileLock
 from omegaconf import OmegaConf
 
-from .folder import read_status
+from ..errors import one_line
+from .folder import load_config, read_status
 from .mirror import catch_up
 
 LOCK = ".wandb.lock"  # in the run folder: one process at a time sends it
@@ -37,10 +38,9 @@ def open_run(
 
     scratch: where wandb keeps its files, and an offline run.  project, entity: others than the config names.
     """
-    text = (folder / "config.yaml").read_text()
-    header = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
-    provenance = dict(line.split(": ", 1) for line in header if ": " in line)
-    cfg: Any = OmegaConf.create(text)
+    cfg: Any = load_config(folder)
+    header = [line for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("# ")]
+    provenance = dict(line.removeprefix("# ").split(": ", 1) for line in header if ": " in line)
     identity = f"{cfg.name}-{folder.resolve().parent.name.rpartition('-')[2]}"
     tags = [cfg[group].get("name") for group in ("model", "dataset", "optimizer", "lookahead")]
     quiet()
@@ -127,7 +127,7 @@ def follow(path: Path, over: Event) -> Iterator[dict[str, Any]]:
 
 def connect(folder: Path, over: Event) -> Any:
     """The run: offline without a key, and as soon as W&B can be reached with one."""
-    mode = os.environ.get("WANDB_MODE", OmegaConf.load(folder / "config.yaml").logger.mode)
+    mode = os.environ.get("WANDB_MODE", load_config(folder).logger.mode)
     told = False
     while True:
         try:
@@ -138,7 +138,7 @@ def connect(folder: Path, over: Event) -> Any:
             return open_run(folder, mode, folder, finish_timeout=LAST, x_stats_pid=os.getppid())
         except Exception as e:
             if not told:
-                print(f"no W&B yet ({explain(e)}); tried again every {RETRY:.0f} s", flush=True)
+                print(f"no W&B yet ({one_line(e)}); tried again every {RETRY:.0f} s", flush=True)
             told = True
             if over.wait(RETRY):
                 raise
@@ -153,10 +153,6 @@ def has_key() -> bool:
     """Whether there is one. Raises an Exception where W&B cannot be reached, or does not take it."""
     quiet()
     return wandb.login(prompt=False)
-
-
-def explain(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
 
 
 def main(folder: Path) -> None:
@@ -182,7 +178,7 @@ def main(folder: Path) -> None:
             send(run, rows(follow(folder / "metrics.jsonl", over), ended))
             finish(run, read_status(folder).get("status", "failed"))
     except Exception as e:
-        print(f"the W&B mirror ends ({explain(e)}); {catch_up(folder)}", flush=True)
+        print(f"the W&B mirror ends ({one_line(e)}); {catch_up(folder)}", flush=True)
         os._exit(1)  # wandb's own end would wait for a service that is gone
 
 
