@@ -28,21 +28,19 @@ from typing import Any
 
 import torch
 from floors import Machine, measure_machine, ns_dtype, ns_operations, soap_operations, timed
-from hydra import compose, initialize_config_dir
+from peers import LoopMuon, TwoBuffers
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-import ema_nesterov.config  # noqa: F401  (registers the schemas)
-from ema_nesterov.cli import parse
+from ema_nesterov.cli import composed, parse
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nesterov
 from ema_nesterov.models import build_model
 from ema_nesterov.optim import SOAP, Aurora, Muon, NorMuon, Record30
 from ema_nesterov.optim.build import parameter_roles
-from ema_nesterov.optim.newton_schulz import newton_schulz
 from ema_nesterov.training.distributed import Ranks, ranks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -82,9 +80,6 @@ class Contender:
     times: list[float] = field(default_factory=list)
 
 
-# --- the literal forms, and what stands around a wrapper ------------------------------------------
-
-
 class Still(Optimizer):
     """A base that does nothing: a step of its wrapper is the wrapper's own."""
 
@@ -93,39 +88,6 @@ class Still(Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         return None
-
-
-class TwoBuffers:
-    """EMA-Nesterov as Algorithm 1 is written: the previous weights and m, tensor after tensor."""
-
-    def __init__(self, params: list[Tensor], alpha: float, gamma: float):
-        self.params, self.alpha, self.gamma = params, alpha, gamma
-        self.previous, self.m = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for p, previous, m in zip(self.params, self.previous, self.m, strict=True):
-            m.mul_(self.gamma).add_(p - previous, alpha=1 - self.gamma)
-            previous.copy_(p)
-            p.add_(m, alpha=self.alpha)
-
-
-class LoopMuon(Optimizer):
-    """Muon one matrix at a time."""
-
-    def __init__(self, params: list[Tensor], lr: float, split_qkv: bool):
-        super().__init__(params, {"lr": lr})
-        self.split_qkv = split_qkv
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for p in self.param_groups[0]["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 0.05)
-            update = p.grad.lerp(momentum, 0.95)
-            blocks = 3 if self.split_qkv and p.size(0) == 3 * p.size(1) else 1
-            o = torch.cat([newton_schulz(part) for part in update.chunk(blocks)])
-            p.add_(o.to(p.dtype), alpha=-self.param_groups[0]["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
 
 
 # --- the contenders ---------------------------------------------------------------------------------
@@ -308,8 +270,7 @@ def training_step(name: str, device: torch.device) -> float:
 def compose_model(name: str, layers: int | None) -> Any:
     if not (CONFIGS / "model" / f"{name}.yaml").exists():
         raise ConfigError(f"no model {name} in configs/model; type shapes=nanogpt_124m")
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", [f"model={name}", *([] if layers is None else [f"model.layers={layers}"])]).model
+    return composed(CONFIGS, [f"model={name}", *([] if layers is None else [f"model.layers={layers}"])]).model
 
 
 def make_parameters(name: str, layers: int | None, device: torch.device) -> dict[str, list[Tensor]]:

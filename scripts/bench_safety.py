@@ -1,6 +1,7 @@
 """What it costs never to lose a run.
 
-    python scripts/bench.py safety [model=tiny] [micro_batch_size=4] [seq_len=256] [steps=40] [folder=FOLDER]
+    python scripts/bench.py safety [model=tiny] [micro_batch_size=4] [seq_len=256] [steps=10] [repeats=5]
+                                   [folder=FOLDER] [output=FILE]
 
 A training step of EMA-Nesterov around Muon, with and without
 
@@ -26,20 +27,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 
-import ema_nesterov.config  # noqa: F401  (registers the schemas)
-from ema_nesterov.cli import parse
+from ema_nesterov.cli import composed, parse
 from ema_nesterov.data.loader import MicroBatch
 from ema_nesterov.models import build_model
 from ema_nesterov.optim.build import build_optimizer
 from ema_nesterov.training.checkpoint import Saver
 from ema_nesterov.training.distributed import ranks
+from ema_nesterov.training.execution import autocast
 from ema_nesterov.training.health import examine
-from ema_nesterov.training.loop import autocast, forward_backward, gradient_norm
-from ema_nesterov.training.memory import estimate
+from ema_nesterov.training.loop import forward_backward, gradient_norm
+from ema_nesterov.training.memory import checkpoint_bytes
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EVERY = 1000  # steps from checkpoint to checkpoint
@@ -50,20 +50,19 @@ class Arguments:
     model: str = "tiny"
     micro_batch_size: int = 4
     seq_len: int = 256
-    steps: int = 40
-    repeats: int = 4
+    steps: int = 10  # of a turn
+    repeats: int = 5
     folder: str | None = None  # where checkpoints are written for a while
     output: str | None = None  # a JSON file
 
 
-def composed(model: str, seq_len: int) -> DictConfig:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", [f"model={model}", "optimizer=muon", "lookahead=ema_nesterov", f"seq_len={seq_len}"])
+def compose(model: str, seq_len: int) -> DictConfig:
+    return composed(CONFIGS, [f"model={model}", "optimizer=muon", "lookahead=ema_nesterov", f"seq_len={seq_len}"])
 
 
 def run(arguments: list[str]) -> None:
     args = parse(Arguments, arguments)
-    cfg = composed(args.model, args.seq_len)
+    cfg = compose(args.model, args.seq_len)
     with ranks("auto") as group, TemporaryDirectory(dir=args.folder) as folder:
         if not group.is_first:
             folder = ""
@@ -130,7 +129,7 @@ def measure(cfg: DictConfig, args: Arguments, group: Any, folder: Path) -> dict[
         if not asynchronous:
             result |= {"checkpoint_mb": path.stat().st_size / 1e6}
             result["mb_per_s"] = result["checkpoint_mb"] / result["sync_s"]
-    result["llama_1b_gb"] = estimate(composed("llama_1b", 256), 1, device).checkpoint / 1e9
+    result["llama_1b_gb"] = checkpoint_bytes(compose("llama_1b", 256)) / 1e9
     return result
 
 

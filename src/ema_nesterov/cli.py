@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .config import check_secrets
+from .config import check, check_secrets
 from .errors import ConfigError, UserError
 
 BAD_INPUT = 2
@@ -142,6 +142,21 @@ def watched_composition() -> Iterator[None]:
         yield
     finally:
         patched[0].load_configuration, patched[1].get_mode = load, mode
+
+
+def composed(configs: Path, overrides: list[str]) -> DictConfig:
+    """What train.py would train. Raises ConfigError in one line."""
+    read_arguments(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with watched_composition(), initialize_config_dir(str(configs), version_base="1.3"):
+            cfg = compose("train", overrides)
+    except UserError:
+        raise
+    except Exception as e:
+        raise ConfigError(explain(e, configs)) from None
+    check(cfg)
+    return cfg
 
 
 def refuse_foreign(cfg: DictConfig) -> None:

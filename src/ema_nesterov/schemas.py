@@ -273,7 +273,10 @@ class ScheduleConfig:
 @dataclass
 class TrainerConfig:
     device: str = "auto"  # auto | cpu | cuda
-    compile: bool | None = None  # null: on a GPU only
+    compile: bool | None = None  # null: on a GPU, and on a CPU for 200 steps or more
+    compile_mode: str = "default"  # of torch.compile
+    deterministic: bool | None = None  # the same bits at every repetition; null: on a CPU
+    activation_checkpointing: bool = False  # keep each block's input alone, and compute the rest again: less memory
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     keep_checkpoints: int = 2  # the newest
     keep_every: int | None = None  # steps; their checkpoints stay for good

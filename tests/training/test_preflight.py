@@ -18,7 +18,7 @@ from ema_nesterov.data.manifest import load_manifest
 from ema_nesterov.models import build_model
 from ema_nesterov.optim.build import build_optimizer
 from ema_nesterov.training.evaluate import at_iterate, copy_iterate, probe
-from ema_nesterov.training.loop import autocast, compiles
+from ema_nesterov.training.execution import autocast, compiles
 from ema_nesterov.training.memory import compiled_bytes, estimate, fake_model, traced_bytes
 from ema_nesterov.training.preflight import FAIL, OK, WARNING, merged, preflight
 from ema_nesterov.training.run import run, split_batch
@@ -26,6 +26,7 @@ from tests.conftest import ROOT, TINY, composed, run_folder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = ("model.layers=1", "model.width=128", "seq_len=256", "batch_size=4", "micro_batch_size=4", "probe_every=0")
+SMALL += ("trainer.compile=false",)
 CASES = {
     "tied, accumulating": (
         *("model=nanogpt_124m", "model.heads=4", "model.vocab_size=8192", *SMALL, "batch_size=8"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
@@ -27,3 +30,15 @@ def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def pad_rows(weight: Tensor, multiple: int) -> nn.Parameter:
     """The weight with zero rows appended up to a multiple: fast matrix shapes, the same values."""
     return nn.Parameter(F.pad(weight.detach(), (0, 0) * (weight.ndim - 1) + (0, -weight.size(0) % multiple)))
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Activation checkpointing: a block keeps nothing but its input, and the backward pass computes the rest again.
+
+    Blocks are what the model holds in a ModuleList. Raises ValueError when there are none.
+    """
+    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no blocks in a ModuleList")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common import language_model_loss, pad_rows
@@ -29,8 +30,13 @@ class Llama(nn.Module):
         pad_vocab_to: int = 1,
     ):
         super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM  # slow to import: only Llama runs pay
+        from transformers import (  # slow to import: only Llama runs pay
+            AttentionInterface,
+            LlamaConfig,
+            LlamaForCausalLM,
+        )
 
+        AttentionInterface.register("causal", causal_attention)
         self.vocab_size = vocab_size
         options: dict[str, Any] = dict(
             vocab_size=vocab_size,
@@ -42,7 +48,7 @@ class Llama(nn.Module):
             rms_norm_eps=1e-6,
             initializer_range=0.02,
             tie_word_embeddings=False,
-            attn_implementation="sdpa",
+            attn_implementation="causal",
             pad_token_id=padding_idx,
             bos_token_id=None,
             eos_token_id=1,
@@ -55,3 +61,11 @@ class Llama(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         logits = self.llama(input_ids=inputs).logits[..., : self.vocab_size].float()
         return logits if targets is None else language_model_loss(logits, targets)
+
+
+def causal_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' own way to SDPA builds a mask when it is compiled, which shuts out flash attention."""
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)  # (batch, heads, time, dim)
+    return y.transpose(1, 2).contiguous(), None

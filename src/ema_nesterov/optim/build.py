@@ -62,10 +62,11 @@ def build_optimizer(model: nn.Module, cfg: DictConfig, group: ProcessGroup | Non
     _require_cover(model, base)
     for param_group in base.param_groups:
         param_group["initial_lr"] = param_group["lr"]
-    return _wrap(base, cfg)
+    return wrap(base, cfg)
 
 
-def _wrap(base: Optimizer, cfg: DictConfig) -> Optimizer:
+def wrap(base: Optimizer, cfg: DictConfig) -> Optimizer:
+    """The wrapper of `cfg.lookahead` around a base; the base itself where there is none."""
     look, alpha = cfg.lookahead, alpha_schedule(cfg)
     if look.name == "ema_nesterov" and look.ema_decay > 0:
         return EMANesterov(base, alpha, look.ema_decay, look.warm_start)

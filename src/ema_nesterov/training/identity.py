@@ -16,6 +16,7 @@ NOT_IN_HASH = {
     *("name", "seed", "runs_dir", "micro_batch_size", "logger", "eval_every", "probe_every"),
     *("checkpoint_every", "log_every", "plugins"),
     *(f"trainer.{key}" for key in ("device", "compile", "keep_checkpoints", "keep_every", "async_checkpoints")),
+    *(f"trainer.{key}" for key in ("compile_mode", "deterministic", "activation_checkpointing")),
     *(f"trainer.{key}" for key in ("workers", "max_bad_steps")),
     *(f"dataset.{key}" for key in ("probe_tokens", "prepare", "hub", "files", "val_files", "val_every", "text_key")),
     *(f"dataset.{key}" for key in ("shard_tokens", "shards", "sources", "processes")),

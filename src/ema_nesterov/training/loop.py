@@ -8,6 +8,7 @@ is not finite on some rank is completed, but not taken.
 
 from __future__ import annotations
 
+import gc
 import math
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
@@ -25,10 +26,12 @@ from ..derived import alpha_schedule, lookahead_position, lr_schedule, momentum_
 from ..errors import ConfigError
 from ..lookahead import Wrapper
 from ..models import build_model
+from ..models.common import checkpoint_blocks
 from ..optim.build import build_optimizer
 from .checkpoint import Saver, load_checkpoint, save_weights
 from .distributed import Ranks
 from .evaluate import at_iterate, copy_iterate, mean_loss, probe, validate
+from .execution import autocast, compiles
 from .folder import Status
 from .fork import Fork
 from .health import Watch, examine
@@ -89,8 +92,14 @@ def train(
     if checkpoint or fork:
         start, validated = resume(state, dataset, ranks, clock, watch)
 
-    compiled: Any = torch.compile(model, dynamic=False) if compiles(cfg, device) else model
-    replica: Any = DistributedDataParallel(compiled) if ranks.size > 1 else compiled
+    if cfg.trainer.activation_checkpointing:
+        checkpoint_blocks(model)
+    compiled: Any = model
+    if compiles(cfg, device):
+        compiled = torch.compile(model, dynamic=False, mode=cfg.trainer.compile_mode)
+    replica: Any = compiled
+    if ranks.size > 1:  # the gradients are views of the buckets: no second copy
+        replica = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     precision = autocast(device, cfg.model.get("autocast", True))
     fix_bucket_layout(replica, (micro_batch_size, cfg.seq_len), ranks, precision)
 
@@ -147,6 +156,9 @@ def train(
             elif isinstance(optimizer, Wrapper):
                 optimizer.skip()
             optimizer.zero_grad()
+            if step == start + 1:
+                gc.collect()
+                gc.freeze()  # what lives until the end is not looked through again and again
 
             measured = {"train/loss": health.loss, "train/grad_norm": health.norm}
             if trouble:
@@ -240,15 +252,6 @@ def place(dataset: Any, cfg: DictConfig, step: int, rank: int, ranks: int, micro
         return dataset.where(step, cfg.batch_size, rank, ranks, micro_batch_size)
     first = step * cfg.batch_size + rank * cfg.batch_size // ranks
     return f"sequences {first} to {first + cfg.batch_size // ranks - 1}"
-
-
-def autocast(device: torch.device, wanted: bool) -> AbstractContextManager:
-    """bfloat16 on a GPU, float32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and wanted else nullcontext()
-
-
-def compiles(cfg: DictConfig, device: torch.device) -> bool:
-    return device.type == "cuda" if cfg.trainer.compile is None else cfg.trainer.compile
 
 
 def fix_bucket_layout(

@@ -28,9 +28,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..lookahead import Wrapper
 from ..models import build_model
+from ..models.common import checkpoint_blocks
 from ..optim.build import build_optimizer
 from .evaluate import at_iterate, copy_iterate, probe
-from .loop import compiles
+from .execution import compiles
 
 # a step in which all happens that ever does: syncs, extrapolation, new bases
 BUSY = {"lookahead.k": 1, "lookahead.warmup_steps": 0, "lookahead.rest_steps": 0, "optimizer.precondition_frequency": 1}
@@ -42,7 +43,7 @@ class Memory:
     """Bytes of one rank. The peak is the sum of all but the last."""
 
     weights: int
-    gradients: int  # and the buckets in which several ranks sum them
+    gradients: int  # twice where several ranks sum what they have accumulated
     optimizer: int
     wrapper: int
     activations: int  # and all else that is held for a while, at the peak
@@ -62,7 +63,7 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
     for key, value in BUSY.items():
         if OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, value)
-    gpu, ranks = device.type == "cuda", 1 if group is None else group.size()
+    gpu, ranks, compiled = device.type == "cuda", 1 if group is None else group.size(), compiles(cfg, device)
     shape = (micro_batch_size, cfg.seq_len)
     precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=gpu and cfg.model.get("autocast", True))
     eval_precision: Any = nullcontext if cfg.model.get("eval_float32", True) else precision
@@ -72,7 +73,7 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
         run = whole if group is None else Started(cfg, gpu, group)
         model, optimizer, live = run.model, run.optimizer, run.live
         tokens = torch.zeros(shape, dtype=torch.long)
-        if compiles(cfg, device):
+        if compiled:
             with precision():
                 training = compiled_bytes(cfg, gpu, shape)
             with eval_precision(), torch.no_grad():
@@ -82,7 +83,7 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
         with live:
             if cfg.batch_size == micro_batch_size * ranks:  # else the gradients of the micro-batches before are there
                 optimizer.zero_grad()
-            if compiles(cfg, device):
+            if compiled:
                 torch.empty(training, dtype=torch.uint8)
                 set_gradients(model)
             else:
@@ -101,12 +102,19 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
     lasting = run.weights + run.gradients + run.state + run.wrapper
     return Memory(
         weights=run.weights,
-        gradients=run.gradients * (2 if ranks > 1 else 1),
+        gradients=run.gradients * (2 if ranks > 1 and cfg.batch_size > micro_batch_size * ranks else 1),
         optimizer=run.state,
         wrapper=run.wrapper,
         activations=live.peak - lasting,
         checkpoint=whole.weights + whole.state + whole.wrapper,
     )
+
+
+def checkpoint_bytes(cfg: DictConfig) -> int:
+    """On the disk, of all ranks."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        run = Started(cfg, gpu=False)
+        return run.weights + run.state + run.wrapper
 
 
 class Started:
@@ -128,6 +136,8 @@ def fake_model(cfg: DictConfig, gpu: bool) -> nn.Module:
     """The model, built without content, with a fake tensor for each of its own; tied ones stay tied."""
     with unset_fake_temporarily(), torch.device("meta"):  # a fake weight does not change its dtype
         model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if gpu else torch.float32)
+    if cfg.trainer.activation_checkpointing:
+        checkpoint_blocks(model)
     fakes: dict[Tensor, Any] = {}
     for module in model.modules():
         for name, p in module._parameters.items():

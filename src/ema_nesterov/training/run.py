@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ..errors import ConfigError
 from ..plugins import instantiate
 from .checkpoint import list_checkpoints, step_of, whole
 from .distributed import Ranks, lost_rank, ranks, world_size
+from .execution import determinism
 from .folder import DIVERGED, FAILED, FINISHED, PREEMPTED, begin, claimed, read_status, status
 from .fork import Fork, open_fork
 from .identity import run_folder
@@ -42,6 +44,7 @@ def run(cfg: DictConfig) -> int:
     with (
         closing(open_dataset(cfg, micro_batch_size, world_size())) as dataset,
         ranks(cfg.trainer.device) as group,
+        determinism(cfg, group.device),
     ):
         if read_status(folder).get("status") == "finished":
             if group.is_first:
@@ -89,6 +92,7 @@ def run(cfg: DictConfig) -> int:
                     if not lost_rank(e):
                         raise
                     fail(state, "another rank ended; its own message tells why; type the same command to go on")
+        gc.unfreeze()
         if stop.asked and state.exit_code == PREEMPTED and group.is_first:
             print(f"{time.monotonic() - stop.at:.1f} s from {stop.asked} to the end", flush=True)
         assert state.exit_code is not None

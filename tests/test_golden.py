@@ -1,0 +1,67 @@
+"""The first 20 losses of each model at a small width, float32 on a CPU: whatever is made faster must find them again.
+
+`python -m tests.test_golden` writes tests/golden.json anew; do so only when the numbers are meant to change.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+
+from ema_nesterov.data.preparation.sample import prepare_sample
+from ema_nesterov.training.folder import FINISHED
+from ema_nesterov.training.run import run
+from tests.conftest import composed, read_metrics, run_folder
+
+GOLDEN = Path(__file__).parent / "golden.json"
+MODELS = {
+    "nanogpt_124m": ["model=tiny", "model.layers=2", "model.heads=2", "model.width=64"],
+    "nanogpt_162m": ["model=nanogpt_162m", "model.layers=2", "model.head_dim=32", "model.width=64"],
+    "record30": ["model=nanogpt_162m_record30", "model.layers=2", "model.head_dim=32", "model.width=64"],
+    "llama": ["model=llama_60m", "model.layers=2", "model.heads=2", "model.width=64", "model.mlp_width=160"],
+}
+SETTING = (
+    *("model.vocab_size=4096", "optimizer=muon", "lookahead=ema_nesterov", "steps=20", "seq_len=64", "batch_size=8"),
+    *("lookahead.warmup_steps=5", "lookahead.rest_steps=5", "lookahead.ema_decay=0.9", "log_every=1", "eval_every=0"),
+    *("checkpoint_every=0", "dataset.val_tokens=1024", "trainer.device=cpu"),
+)
+# Another path, and how far its losses may be from the golden ones
+PATHS = {
+    "as it is": ([], 1e-4),  # another CPU, another torch
+    "micro-batches of one": (["micro_batch_size=1"], 1e-4),
+    "padded vocabulary": (["model.pad_vocab_to=128"], 1e-4),
+    "activation checkpointing": (["trainer.activation_checkpointing=true"], 1e-4),
+    "compiled": (["trainer.compile=true"], 1e-4),
+}
+
+
+def losses(model: str, sample: Path, runs: Path, *overrides: str) -> list[float]:
+    cfg = composed(*MODELS[model], *SETTING, f"dataset.path={sample}", f"runs_dir={runs}", *overrides)
+    assert run(cfg) == FINISHED
+    return [line["train/loss"] for line in read_metrics(run_folder(runs)) if "train/loss" in line]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_path_finds_the_golden_losses(model: str, path: str, sample: Path, tmp_path: Path) -> None:
+    overrides, tolerance = PATHS[path]
+    golden = json.loads(GOLDEN.read_text())[model]
+    assert losses(model, sample, tmp_path, *overrides) == pytest.approx(golden, abs=tolerance, rel=0)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        sample = Path(folder) / "sample"
+        prepare_sample(sample, "sample_bpe4096", 4096)
+        golden = {model: losses(model, sample, Path(folder) / model) for model in MODELS}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
