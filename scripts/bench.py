@@ -3,6 +3,7 @@
 python scripts/bench.py train           a run as a whole: tokens a second, MFU, where the time goes
 python scripts/bench.py compare         two settings, or a peer, taking turns
 python scripts/bench.py optimizers      a step of each wrapper and base optimizer
+python scripts/bench.py scaling         what ranks send each other, and what it leaves of their speed
 python scripts/bench.py data            reading batches: time of a step, waiting, memory
 python scripts/bench.py tokenize        preparing text: beside the tokenizer alone on all cores
 python scripts/bench.py safety          checking each step, saving checkpoints
@@ -15,7 +16,7 @@ from importlib import import_module
 from ema_nesterov.cli import guard
 from ema_nesterov.errors import ConfigError
 
-NAMES = ("train", "compare", "optimizers", "data", "tokenize", "safety")
+NAMES = ("train", "compare", "scaling", "optimizers", "data", "tokenize", "safety")
 
 
 def main() -> None:

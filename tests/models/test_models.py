@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ema_nesterov.models import Llama, NanoGPT124M, NanoGPT162M, build_model
+from ema_nesterov.models.common import count_parameters
+from ema_nesterov.training.checkpoint import save_weights
 from tests.conftest import composed
 from tests.trajectories import REFERENCE
 
@@ -53,7 +57,7 @@ ARCHITECTURES = ["nanogpt_124m", "nanogpt_162m", "llama"]
 def test_has_the_papers_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         model = build_model(composed(f"model={name}").model)
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert count_parameters(model) == PARAMETERS[name]
 
 
 def test_124m_is_the_released_model() -> None:
@@ -102,6 +106,13 @@ def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(architecture:
         torch.testing.assert_close(p.grad, q.grad[: len(p)], atol=1e-6, rtol=1e-4)
         assert not q.grad[len(p) :].any()
     assert padded(tokens(97)[0]).shape[-1] == 97
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_exported_weights_are_not_padded(architecture: str, tmp_path: Path) -> None:
+    for name, multiple in (("plain", 1), ("padded", 128)):
+        save_weights(tmp_path / name, tiny(architecture, multiple))
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "padded").read_bytes()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -29,7 +29,18 @@ def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def pad_rows(weight: Tensor, multiple: int) -> nn.Parameter:
     """The weight with zero rows appended up to a multiple: fast matrix shapes, the same values."""
-    return nn.Parameter(F.pad(weight.detach(), (0, 0) * (weight.ndim - 1) + (0, -weight.size(0) % multiple)))
+    padded = nn.Parameter(F.pad(weight.detach(), (0, 0) * (weight.ndim - 1) + (0, -weight.size(0) % multiple)))
+    padded.own_rows = weight.size(0)  # type: ignore[attr-defined]
+    return padded
+
+
+def own(parameter: Tensor) -> Tensor:
+    """The parameter without the rows that `pad_rows` appended."""
+    return parameter[: parameter.own_rows] if hasattr(parameter, "own_rows") else parameter
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(own(p).numel() for p in model.parameters())
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

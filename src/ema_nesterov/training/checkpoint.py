@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..models.common import own
 from .logs import write_atomically
 
 FORMAT = 1
@@ -159,10 +160,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save_weights(path: Path, model: torch.nn.Module) -> None:
-    """The model's parameters as one safetensors file, tied ones once; written aside and renamed."""
+    """The model's parameters as one safetensors file, tied ones once and none padded; written aside and renamed."""
     aside = path.with_name(f".{path.name}.writing")
     try:
-        _save_tensors({name: p.detach().contiguous() for name, p in model.named_parameters()}, aside)
+        _save_tensors({name: own(p).detach().contiguous() for name, p in model.named_parameters()}, aside)
         _sync(aside)
         aside.rename(path)
     except OSError:

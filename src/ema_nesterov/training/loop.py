@@ -26,7 +26,7 @@ from ..derived import alpha_schedule, lookahead_position, lr_schedule, momentum_
 from ..errors import ConfigError
 from ..lookahead import Wrapper
 from ..models import build_model
-from ..models.common import checkpoint_blocks
+from ..models.common import checkpoint_blocks, count_parameters
 from ..optim.build import build_optimizer
 from .checkpoint import Saver, load_checkpoint, save_weights
 from .distributed import Ranks
@@ -79,7 +79,7 @@ def train(
     torch.manual_seed(cfg.seed)
     with device:
         model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    logs.say(f"{cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    logs.say(f"{cfg.model.name}: {count_parameters(model):,} parameters")
     optimizer = build_optimizer(model, cfg, ranks.group)
     lr, matrix_lr = lr_schedule(cfg), lr_schedule(cfg, matrix=True)
     momentum, alpha = momentum_schedule(cfg), alpha_schedule(cfg)

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from ..models.common import own
 from .distributed import Ranks
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from the datasheets
@@ -17,7 +18,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16,
 
 def flops_per_token(model: nn.Module, layers: int, width: int, seq_len: int) -> int:
     """6 x the weights of matrix products (the head's too) + 12 layers width seq_len for attention."""
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    weights = sum(own(m.weight).numel() for m in model.modules() if isinstance(m, nn.Linear))
     return 6 * weights + 12 * layers * width * seq_len
 
 
