@@ -25,7 +25,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -91,12 +91,16 @@ class Runner:
     def __init__(self, body: Callable[[Callable[[], None]], None], device: torch.device):
         self.device, self.left, self.over = device, 0, False
         self.may, self.has = threading.Event(), threading.Event()
+        self.watch: AbstractContextManager = nullcontext()
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, args=(body,), daemon=True)
 
-    def take(self, steps: int) -> float:
-        """Take that many steps; returns the seconds, up to when the device is done with them."""
-        self.left = steps
+    def take(self, steps: int, watch: AbstractContextManager | None = None) -> float:
+        """Take that many steps; returns the seconds, up to when the device is done with them.
+
+        watch: is entered and left in the thread that takes them, as profilers see no other.
+        """
+        self.left, self.watch = steps, watch or nullcontext()
         begun = time.perf_counter()
         self.may.set()
         if not self.thread.is_alive():
@@ -130,6 +134,7 @@ class Runner:
     def _done(self) -> None:
         self.left -= 1
         if self.left == 0:
+            self.watch.__exit__(None, None, None)
             self.has.set()
             self._pause()
 
@@ -138,6 +143,7 @@ class Runner:
         self.may.clear()
         if self.over:
             raise Enough
+        self.watch.__enter__()
 
 
 class Lines(Logs):
@@ -219,13 +225,18 @@ def open_tokens(cfg: DictConfig, folder: Path) -> TokenDataset:
         )
     OmegaConf.update(d, "max_epochs", 10**6)
     if not shards_folder(d).exists():
-        d.path, d.output, d.prepare = str(folder / f"random_{cfg.model.vocab_size}"), None, None
+        d.path, d.output, d.prepare = str(folder / "random"), None, None
         d.val_tokens = d.probe_tokens = cfg.seq_len
-        Path(d.path).mkdir(exist_ok=True)
-        tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 2**24, dtype=np.uint16)
-        for split, part in (("train", tokens), ("val", tokens[: 2 * cfg.seq_len + 2])):
-            write_shard(Path(d.path) / f"random_{split}_000000.bin", part, cfg.model.vocab_size)
+        if not Path(d.path).exists():
+            write_random(Path(d.path), cfg)
     return TokenDataset(d, cfg.model.vocab_size, cfg.seq_len, cfg.seed)
+
+
+def write_random(path: Path, cfg: DictConfig) -> None:
+    path.mkdir()
+    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, 2**24, dtype=np.uint16)
+    for split, part in (("train", tokens), ("val", tokens[: 2 * cfg.seq_len + 2])):
+        write_shard(path / f"random_{split}_000000.bin", part, cfg.model.vocab_size)
 
 
 @contextmanager
@@ -302,8 +313,8 @@ def trace(runner: Runner, folder: Path) -> None:
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile(activities=activities) as profiler:
-        runner.take(3)
+    profiler = torch.profiler.profile(activities=activities)
+    runner.take(3, profiler)
     profiler.export_chrome_trace(str(folder / "trace.json"))
 
 

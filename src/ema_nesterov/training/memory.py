@@ -63,7 +63,9 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
     for key, value in BUSY.items():
         if OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, value)
-    gpu, ranks, compiled = device.type == "cuda", 1 if group is None else group.size(), compiles(cfg, device)
+    gpu, ranks = device.type == "cuda", 1 if group is None else group.size()
+    # checkpointed blocks keep the same either way, and cutting in two as below knows nothing of them
+    compiled = compiles(cfg, device) and not cfg.trainer.activation_checkpointing
     shape = (micro_batch_size, cfg.seq_len)
     precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=gpu and cfg.model.get("autocast", True))
     eval_precision: Any = nullcontext if cfg.model.get("eval_float32", True) else precision
