@@ -61,11 +61,12 @@ def check(cfg: DictConfig) -> None:
     for key, least in (("keep_every", 1), ("max_bad_steps", 1), ("spike_window", 2)):
         value = cfg.trainer[key]
         _require(value is None or value >= least, f"trainer.{key}", value, f"at least {least}")
+    _require(cfg.trainer.spike_window <= 10**6, "trainer.spike_window", cfg.trainer.spike_window, "at most 1000000")
     z = cfg.trainer.skip_spikes
     _require(z is None or z > 0, "trainer.skip_spikes", z, "above 0")
     if cfg.fork_from is not None:
         folder, at, step = cfg.fork_from.rpartition("@")
-        if not (folder and at and step.isascii() and step.isdigit()):
+        if not (folder and at and step.isascii() and step.isdigit() and len(step) < 18):
             raise ConfigError(f"fork_from={cfg.fork_from} must be RUN_FOLDER@STEP, such as runs/NAME/seed0@3000")
         _require(int(step) < cfg.steps, "steps", cfg.steps, f"above the {step} of fork_from")
     _require(cfg.trainer.workers in (0, 1), "trainer.workers", cfg.trainer.workers, "0 or 1")

@@ -46,7 +46,7 @@ def kill(process: subprocess.Popen[str], runs: Path, rng: random.Random) -> str:
     if saving:
         until = time.monotonic() + 20
         while process.poll() is None and time.monotonic() < until:
-            if any(runs.rglob(".step_*.writing")):
+            if any(runs.glob("*/*/*/checkpoints/.step_*.writing")):
                 break
     if process.poll() is not None:
         return ""

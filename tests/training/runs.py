@@ -91,7 +91,7 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], limit: flo
 
 
 def trained(runs: Path, step: int) -> Callable[[], bool]:
-    return lambda: any(int(p.name[5:]) >= step for p in runs.rglob("step_*"))
+    return lambda: any(int(p.name[5:]) >= step for p in runs.glob("*/*/*/checkpoints/step_*"))
 
 
 LONG = ("steps=100000", "eval_every=0", "probe_every=0", "checkpoint_every=5")

@@ -49,7 +49,7 @@ def test_every_nth_checkpoint_stays_and_latest_names_the_newest(tmp_path: Path) 
     tensor = torch.zeros(1000)
     for step in range(1, 11):
         tensor.fill_(step)
-        saver.save(step, {"tensor": tensor})
+        saver.save(step, {"step": step, "tensor": tensor})
         tensor.fill_(-1)  # training goes on: what is saved is what was
     saver.wait()
     saver.close()

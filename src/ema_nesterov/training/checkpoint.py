@@ -111,15 +111,18 @@ class Saver:
             (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in FILES))
             for path in (*aside.iterdir(), aside):
                 _sync(path)
-            if final.exists():  # damaged, and trained again
-                shutil.rmtree(final)
+            remove(final)  # damaged, and trained again
             aside.rename(final)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)  # the room is needed
             raise
         _sync(self.folder)
-        write_atomically(self.folder / "latest", final.name + "\n")
-        for old in list_checkpoints(self.folder)[: -self.keep]:
+        try:
+            write_atomically(self.folder / "latest", final.name + "\n")
+        except OSError as e:  # it is for people
+            self.warn(f"{self.folder / 'latest'} is not written: {e.strerror}")
+        before = [path for path in list_checkpoints(self.folder) if step_of(path) <= step]  # those after it are damaged
+        for old in before[: -self.keep]:
             if self.keep_every is None or step_of(old) % self.keep_every:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -130,29 +133,46 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     return folder / f"step_{step:08d}"
 
 
+def remove(path: Path) -> None:
+    """Whatever it is, if it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state as it was saved, on the CPU. Raises ConfigError for one of a newer version."""
+    # copies: a mapped file takes its room on the disk also when it has been deleted
+    return _load(path, lambda name: {key: tensor.clone() for key, tensor in load_file(name).items()})
+
+
+def _load(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Any]:
     nest = json.loads((path / FILES[1]).read_text())
     if nest["format"] > FORMAT:
         raise ConfigError(
             f"{path} has format {nest['format']}, this version reads up to {FORMAT}; update ema-nesterov, or type "
             "runs_dir=FOLDER to begin anew"
         )
-    return _unflatten(nest["state"], load_file(path / FILES[0]))
+    return _unflatten(nest["state"], read(path / FILES[0]))
 
 
 def whole(path: Path) -> bool:
-    """Whether the files of a checkpoint are those that were written, by their checksums."""
+    """Whether a checkpoint is what was written, by its checksums, and of the step that it is named after."""
     try:
         sums = dict(line.split("  ")[::-1] for line in (path / SUMS).read_text().splitlines())
-        return all(sums[name] == _sha256(path / name) for name in FILES)
-    except (OSError, ValueError, KeyError):
+        state = _load(path, load_file)
+        return all(sums[name] == _sha256(path / name) for name in FILES) and state.get("step") == step_of(path)
+    except ConfigError:  # of a newer version: who loads it is told
+        return True
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
         return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)), key=step_of)
+    named = (p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,18}", p.name))
+    return sorted((p for p in named if p.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 
 PATIENCE = timedelta(minutes=10)  # with a rank that no longer answers; above the longest that one keeps others waiting
 
@@ -102,7 +102,11 @@ def ranks(wanted_device: str) -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_torchrun()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, device_id=device if backend == "nccl" else None, timeout=PATIENCE)
+    try:
+        dist.init_process_group(backend, device_id=device if backend == "nccl" else None, timeout=PATIENCE)
+    except (dist.DistError, ValueError) as e:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(f"the ranks cannot meet at {place} ({one_line(e)}); start them with torchrun") from None
     try:
         yield Ranks(dist.get_rank(), size, device)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -21,6 +22,7 @@ from .identity import changed
 from .logs import write_atomically
 
 FINISHED, FAILED, BAD_INPUT, PREEMPTED, DIVERGED = 0, 1, 2, 85, 86  # exit codes
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says
 STATUS = {FINISHED: "finished", FAILED: "failed", BAD_INPUT: "failed", PREEMPTED: "preempted", DIVERGED: "diverged"}
 
 
@@ -51,8 +53,8 @@ def begin(cfg: DictConfig, folder: Path, step: int = 0) -> list[str]:
     path, here, header = folder / "config.yaml", provenance(), []
     warnings = []
     if path.exists():
-        header = [line for line in path.read_text().splitlines() if line.startswith("# ")]
         require_same(cfg, path)
+        header = [line for line in path.read_text().splitlines() if line.startswith("# ")]
         began = dict(line.removeprefix("# ").split(": ", 1) for line in header if ": " in line)  # the last of each key
         news = {key: value for key, value in here.items() if began.get(key) != value}
         if news and step:
@@ -68,7 +70,8 @@ def begin(cfg: DictConfig, folder: Path, step: int = 0) -> list[str]:
 
 
 def cannot_write(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot write run folder {folder}: {error.strerror}; make room, or type runs_dir=FOLDER")
+    advice = "make room, or type" if error.errno in FULL else "type another"
+    return ConfigError(f"cannot write run folder {folder}: {error.strerror}; {advice} runs_dir=FOLDER")
 
 
 def require_same(cfg: DictConfig, path: Path) -> None:
@@ -132,9 +135,10 @@ def provenance() -> dict[str, str]:
 def read_status(folder: Path) -> dict[str, Any]:
     """Empty where there is none, or none that can be read."""
     try:
-        return json.loads((folder / "status.json").read_text())
+        status = json.loads((folder / "status.json").read_text())
     except (OSError, ValueError):
         return {}
+    return status if isinstance(status, dict) else {}
 
 
 class Status:

@@ -24,7 +24,7 @@ from .checkpoint import list_checkpoints, load_checkpoint, step_of, whole
 from .distributed import Ranks
 from .evaluate import copy_iterate, parameters
 from .folder import differences, load_config
-from .logs import read_metrics
+from .logs import read_lines
 
 MAY_DIFFER = ("steps", "schedule", "lookahead", "probe_ema_decay", "trainer")
 SCHEDULED = ("alpha", "warmup_steps", "rest_steps")  # of a lookahead: no state depends on them
@@ -38,7 +38,7 @@ class Fork:
 
     def metrics(self) -> list[dict[str, Any]]:
         """What the other run logged up to there."""
-        return [m for m in read_metrics(self.checkpoint.parent.parent / "metrics.jsonl") if m["step"] <= self.step]
+        return [m for m in read_lines(self.checkpoint.parent.parent / "metrics.jsonl") if m["step"] <= self.step]
 
     def restore(self, cfg: DictConfig, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict[str, Any]:
         """Put the checkpoint's weights and state into model and optimizer; returns all that was saved."""

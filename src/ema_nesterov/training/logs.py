@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors import ConfigError
 from .mirror import mirror
 
 
@@ -26,10 +27,10 @@ class Logs:
     file: unbuffered. What a full disk does not take waits in memory.
     """
 
-    def __init__(self, file: BinaryIO, progress: Progress | None, total_steps: int):
+    def __init__(self, file: BinaryIO, progress: Progress | None, total_steps: int, step: int = 0):
         self.file, self.progress = file, progress
         self.total_steps = total_steps
-        self.task = progress.add_task("", total=total_steps) if progress else None
+        self.task = progress.add_task("", total=total_steps, completed=step) if progress else None
         self.printed = 0.0
         self.step = 0  # of the last line
         self.waiting = b""
@@ -115,7 +116,6 @@ def describe_validation(line: dict[str, Any]) -> str:
 def open_logs(cfg: DictConfig, folder: Path, step: int) -> Iterator[Logs]:
     """The logs of a run that starts, or resumes, at `step`."""
     metrics = folder / "metrics.jsonl"
-    keep_until(metrics, step)
     terminal = Console(file=sys.stdout)
     columns = (
         TextColumn(cfg.name),
@@ -124,42 +124,61 @@ def open_logs(cfg: DictConfig, folder: Path, step: int) -> Iterator[Logs]:
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    with open(metrics, "ab", buffering=0) as file, mirror(cfg, folder):
-        if not terminal.is_terminal:
-            yield Logs(file, None, cfg.steps)
-            return
-        with Progress(*columns, console=terminal) as progress:
-            logs = Logs(file, progress, cfg.steps)
-            progress.update(logs.task, completed=step)  # type: ignore[arg-type]
-            yield logs
+    with ExitStack() as stack:
+        try:
+            last = keep_until(metrics, step)
+            file = stack.enter_context(open(metrics, "ab", buffering=0))
+        except OSError as e:
+            raise ConfigError(f"{metrics} cannot be written ({e.strerror}); make room, or mend it") from None
+        stack.enter_context(mirror(cfg, folder))
+        shown = Progress(*columns, console=terminal) if terminal.is_terminal else None
+        logs = Logs(file, stack.enter_context(shown) if shown else None, cfg.steps, step)
+        if cfg.log_every and last < step - step % cfg.log_every:
+            logs.warn(f"{metrics} holds no line of steps {last + 1} to {step}: it was cut, or taken away")
+        yield logs
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl, without what is null."""
-    return [{k: v for k, v in line.items() if v is not None} for _, line in _lines(path)]
+    return [{k: v for k, v in line.items() if v is not None} for line in read_lines(path)]
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`: the resumed run writes them again, so none stands twice."""
-    kept = [text for text, line in _lines(path) if line["step"] <= step] if step else []
-    if path.exists():
-        write_atomically(path, "".join(text + "\n" for text in kept))
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl as they are."""
+    return [line for _, line in _lines(path)]
+
+
+def keep_until(path: Path, step: int) -> int:
+    """Drop the lines after `step`, which the resumed run writes again, and any that stands twice; returns the step of
+    the last one that is left, or 0."""
+    kept = {text: line["step"] for text, line in _lines(path) if line["step"] <= step} if step else {}
+    text = "".join(f"{line}\n" for line in kept)
+    if path.exists() and path.read_bytes() != text.encode():
+        write_atomically(path, text)
+    return max(kept.values(), default=0)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Up to the first that a crash cut short or spoilt: a checkpoint never knows more than what lies before it."""
     for text in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
         try:
-            yield text, json.loads(text)
+            line = json.loads(text)
         except ValueError:
             return
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            return
+        yield text, line
 
 
 def write_atomically(path: Path, text: str) -> None:
     """All of the new text or all of the old, whatever happens meanwhile."""
     aside = path.with_name(f".{path.name}.writing")
-    with open(aside, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    aside.replace(path)
+    try:
+        with open(aside, "w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # the room is needed
+        raise

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import math
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 
 from ..data.loader import MicroBatch, prefetch
 from ..derived import alpha_schedule, lookahead_position, lr_schedule, momentum_schedule
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..lookahead import Wrapper
 from ..models import build_model
 from ..models.common import checkpoint_blocks, count_parameters
@@ -86,11 +87,11 @@ def train(
     clock, watch = Clock(cfg, model, ranks), Watch(cfg.trainer.spike_window, cfg.trainer.skip_spikes)
     start, validated = 0, not cfg.eval_every
     if checkpoint is not None:
-        state = restore(checkpoint, model, optimizer)
+        with told(checkpoint):
+            start, validated = resume(restore(checkpoint, model, optimizer), dataset, ranks, clock, watch)
     elif fork is not None:
-        state = fork.restore(cfg, model, optimizer, ranks)
-    if checkpoint or fork:
-        start, validated = resume(state, dataset, ranks, clock, watch)
+        with told(fork.checkpoint):
+            start, validated = resume(fork.restore(cfg, model, optimizer, ranks), dataset, ranks, clock, watch)
 
     if cfg.trainer.activation_checkpointing:
         checkpoint_blocks(model)
@@ -127,7 +128,8 @@ def train(
             state = training_state(step, validated, model, optimizer, dataset, ranks, clock, watch)
             if ranks.is_first:
                 saver.save(step, state, logs.sync)
-                status.update(step=step)
+                if saver.failed is None:
+                    status.update(step=step)
 
     asynchronous = device.type == "cuda" if cfg.trainer.async_checkpoints is None else cfg.trainer.async_checkpoints
     keep = (cfg.trainer.keep_checkpoints, cfg.trainer.keep_every)
@@ -190,6 +192,8 @@ def train(
             if leaving:
                 saver.wait()
                 ranks.barrier()  # torchrun ends the others when one does
+                if saver.failed and not diverged:
+                    raise saver.failed
                 raise diverged or Preempted(step)
         saver.wait()
         if ranks.is_first and saver.failed:
@@ -304,6 +308,17 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> dict[st
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state
+
+
+@contextmanager
+def told(checkpoint: Path) -> Iterator[None]:
+    """Raise ConfigError for a checkpoint whose sums are right and whose content is not."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise ConfigError(
+            f"{checkpoint} is not what this run needs ({one_line(e)}); delete it to go on without"
+        ) from None
 
 
 def resume(state: dict[str, Any], dataset: Any, ranks: Ranks, clock: Clock, watch: Watch) -> tuple[int, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import sys
 import time
@@ -23,14 +22,12 @@ from ..plugins import instantiate
 from .checkpoint import list_checkpoints, step_of, whole
 from .distributed import Ranks, lost_rank, ranks, world_size
 from .execution import determinism
-from .folder import DIVERGED, FAILED, FINISHED, PREEMPTED, begin, claimed, read_status, status
+from .folder import DIVERGED, FAILED, FINISHED, FULL, PREEMPTED, begin, claimed, read_status, status
 from .fork import Fork, open_fork
 from .identity import run_folder
 from .logs import Silence, open_logs
 from .loop import Diverged, Preempted, train
 from .stop import stop_requests
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says
 
 
 def run(cfg: DictConfig) -> int:
@@ -46,9 +43,7 @@ def run(cfg: DictConfig) -> int:
         ranks(cfg.trainer.device) as group,
         determinism(cfg, group.device),
     ):
-        if read_status(folder).get("status") == "finished":
-            if group.is_first:
-                print(f"{folder} is finished already; delete it, or change the seed, to train again")
+        if is_finished(folder, group):
             return FINISHED
         begins = not list_checkpoints(folder / "checkpoints")  # once it has its own, that of the other run may go
         fork = open_fork(cfg) if cfg.fork_from is not None and begins else None
@@ -56,6 +51,8 @@ def run(cfg: DictConfig) -> int:
             claimed(folder) if group.is_first else nullcontext(),
             stop_requests(folder / "STOP" if group.is_first else None) as stop,
         ):
+            if is_finished(folder, group):  # by a process that was here just before
+                return FINISHED
             checkpoint, warnings = choose_checkpoint(folder, group)
             step = step_of(checkpoint) if checkpoint else fork.step if fork else 0
             if group.is_first:
@@ -97,6 +94,14 @@ def run(cfg: DictConfig) -> int:
             print(f"{time.monotonic() - stop.at:.1f} s from {stop.asked} to the end", flush=True)
         assert state.exit_code is not None
         return state.exit_code
+
+
+def is_finished(folder: Path, group: Ranks) -> bool:
+    """As the first rank sees it, and says."""
+    finished = read_status(folder).get("status") == "finished"
+    if finished and group.is_first:
+        print(f"{folder} is finished already; delete it, or change the seed, to train again")
+    return group.gather(finished)[0]
 
 
 def fail(state: Any, message: str) -> None:

@@ -10,11 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 
+from ..errors import ConfigError
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+BORN = time.time() - time.process_time()  # when this process began, or hardly later
 COPY = 3.0  # seconds: under torchrun a signal may come twice, from whoever sent it to all processes and from torchrun
 
 
@@ -52,10 +55,14 @@ class Stop:
 def stop_requests(file: Path | None) -> Iterator[Stop]:
     """Turn signals into a request. A thread hears them at once, even while the main one waits for a GPU.
 
-    file: STOP in the run folder, which this rank looks for; one that was left over is deleted.
+    file: STOP in the run folder, which this rank looks for; one that was left over from before is deleted. Raises
+    ConfigError where it cannot be.
     """
-    if file is not None:
-        file.unlink(missing_ok=True)
+    try:
+        if file is not None and file.exists() and file.stat().st_mtime < BORN:
+            file.unlink()
+    except OSError as e:
+        raise ConfigError(f"{file} cannot be deleted ({e.strerror}); take it away") from None
     stop = Stop(file)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -79,4 +86,5 @@ def stop_requests(file: Path | None) -> Iterator[Stop]:
         thread.join()
         os.close(reader)
         if file is not None:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
