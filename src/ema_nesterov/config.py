@@ -77,6 +77,8 @@ def check(cfg: DictConfig) -> None:
 
 def check_path(key: str, path: str | None) -> None:
     """Raise ConfigError for a folder that would be made where nobody looks for it."""
+    if path is not None and len(path) > 1000:
+        raise ConfigError(f"{key} is {len(path)} characters long; type {key}=FOLDER")
     if path is not None and (not path.strip() or path.startswith("~") or "$" in path or not path.isprintable()):
         raise ConfigError(f"{key}={path!r} must name a folder, with ~ and variables expanded; type {key}=FOLDER")
 

@@ -17,8 +17,16 @@ from threading import Thread
 from ..errors import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-BORN = time.time() - time.process_time()  # when this process began, or hardly later
 COPY = 3.0  # seconds: under torchrun a signal may come twice, from whoever sent it to all processes and from torchrun
+
+
+def born() -> float:
+    """When this process began, by the clock of files; where there is no telling, now."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return time.time()
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 class Stop:
@@ -59,7 +67,7 @@ def stop_requests(file: Path | None) -> Iterator[Stop]:
     ConfigError where it cannot be.
     """
     try:
-        if file is not None and file.exists() and file.stat().st_mtime < BORN:
+        if file is not None and file.exists() and file.stat().st_mtime < born():
             file.unlink()
     except OSError as e:
         raise ConfigError(f"{file} cannot be deleted ({e.strerror}); take it away") from None
