@@ -50,6 +50,10 @@ ARGUMENTS = [
     (".alpha=3", "'.alpha' in '.alpha=3' is no key; type KEY=VALUE, such as steps=100"),
     ("lookahead..alpha=3", "'lookahead..alpha' in 'lookahead..alpha=3' is no key"),
     ("lünch=3", "'lünch' in 'lünch=3' is no key"),
+    # beyond what anything holds
+    ("trainer.spike_window=99999999999999999999", "trainer.spike_window=99999999999999999999 must be at most 1000000"),
+    (f"fork_from=F@{'9' * 5000}", "must be RUN_FOLDER@STEP"),
+    (f"runs_dir=r/{'a/' * 1000}", "runs_dir is 2002 characters long; type runs_dir=FOLDER"),
     # flags
     ("--foo", "unrecognized arguments: --foo; --help shows what can be typed"),
     ("-x", "unrecognized arguments: -x"),

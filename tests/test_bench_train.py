@@ -23,6 +23,7 @@ SHORT = ["warmup=1", "timed=1", "turns=2"]
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "train"])
 
 
 @pytest.fixture
@@ -31,7 +32,6 @@ def docs(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     records: Any = import_module("records")
     (tmp_path / "benchmarks.md").write_text((ROOT / "docs" / "benchmarks.md").read_text())
     monkeypatch.setattr(records, "DOCS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "train"])
     return tmp_path
 
 

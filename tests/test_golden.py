@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ema_nesterov.data.preparation.sample import prepare_sample
+from ema_nesterov.training import loop
 from ema_nesterov.training.folder import FINISHED
 from ema_nesterov.training.run import run
 from tests.conftest import composed, read_metrics, run_folder
@@ -30,6 +31,7 @@ SETTING = (
     *("lookahead.warmup_steps=5", "lookahead.rest_steps=5", "lookahead.ema_decay=0.9", "log_every=1", "eval_every=0"),
     *("checkpoint_every=0", "dataset.val_tokens=1024", "trainer.device=cpu"),
 )
+BFLOAT16 = 0.02
 # Another path, and how far its losses may be from the golden ones
 PATHS = {
     "as it is": ([], 1e-4),  # another CPU, another torch
@@ -38,6 +40,8 @@ PATHS = {
     "activation checkpointing": (["trainer.activation_checkpointing=true"], 1e-4),
     "compiled": (["trainer.compile=true"], 1e-4),
 }
+# compiling takes most of a minute: once is enough
+CASES = [(model, path) for model in MODELS for path in PATHS if path != "compiled" or model == "nanogpt_124m"]
 
 
 def losses(model: str, sample: Path, runs: Path, *overrides: str) -> list[float]:
@@ -46,12 +50,26 @@ def losses(model: str, sample: Path, runs: Path, *overrides: str) -> list[float]
     return [line["train/loss"] for line in read_metrics(run_folder(runs)) if "train/loss" in line]
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "path"), CASES)
 def test_every_path_finds_the_golden_losses(model: str, path: str, sample: Path, tmp_path: Path) -> None:
     overrides, tolerance = PATHS[path]
     golden = json.loads(GOLDEN.read_text())[model]
     assert losses(model, sample, tmp_path, *overrides) == pytest.approx(golden, abs=tolerance, rel=0)
+
+
+@pytest.mark.parametrize("model", ["nanogpt_124m", "llama"])
+def test_bfloat16_products_stay_near(model: str, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, on a CPU: weights and optimizer in float32, products in bfloat16."""
+    monkeypatch.setattr(loop, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
+    golden = json.loads(GOLDEN.read_text())[model]
+    assert losses(model, sample, tmp_path) == pytest.approx(golden, abs=BFLOAT16, rel=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model", MODELS)
+def test_a_gpu_stays_near(model: str, sample: Path, tmp_path: Path) -> None:
+    golden = json.loads(GOLDEN.read_text())[model]
+    assert losses(model, sample, tmp_path, "trainer.device=cuda") == pytest.approx(golden, abs=BFLOAT16, rel=0)
 
 
 def main() -> None:

@@ -32,7 +32,9 @@ def prepare(*overrides: str):
 
 
 def process(*arguments: str, **kwargs) -> subprocess.Popen[str]:
+    """It hears Ctrl-C, which what a shell runs in the background does not."""
     command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments]
+    kwargs["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
@@ -135,7 +137,7 @@ def test_a_tokenizer_of_any_library_and_size_will_do(tmp_path: Path, sample: Pat
 
 def test_a_stopped_preparation_leaves_no_process_goes_on_and_ends_in_the_same_bytes(raw, tmp_path: Path) -> None:
     folder, *_ = raw
-    common = ["dataset=text", f"dataset.path={folder}", "dataset.shard_tokens=200", "dataset.val_every=5"]
+    common = ["dataset=text", f"dataset.path={folder}", "dataset.shard_tokens=1000", "dataset.val_every=5"]
     prepare(*common, f"dataset.output={tmp_path / 'whole'}", "dataset.processes=1")
     out, rng = tmp_path / "out", np.random.default_rng()
     for stop in (signal.SIGKILL, signal.SIGINT):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.models import build_model
+from ema_nesterov.models.common import own
 from ema_nesterov.optim import SOAP, AdamW, Aurora, Chain, Muon, NorMuon
 from ema_nesterov.optim.build import _require_cover, build_optimizer, parameter_roles
 from ema_nesterov.optim.newton_schulz import newton_schulz
@@ -284,4 +285,4 @@ def test_roles_follow_the_papers_split() -> None:
         with torch.device("meta"):
             model = build_model(composed(f"model={name}").model)
         roles = parameter_roles(model)
-        assert {role: sum(p.numel() for p in params) for role, params in roles.items()} == sizes
+        assert {role: sum(own(p).numel() for p in params) for role, params in roles.items()} == sizes

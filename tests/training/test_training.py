@@ -23,7 +23,7 @@ from ema_nesterov.training.checkpoint import load_checkpoint, save_checkpoint
 from ema_nesterov.training.folder import FINISHED, read_status
 from ema_nesterov.training.run import run, split_batch
 from tests.conftest import ROOT, TINY, assert_same, composed, final_state, read_metrics, run_folder, train_process
-from tests.training.runs import assert_same_run, plugin, stop_after, train
+from tests.training.runs import assert_same_run, at_step, plugin, stop_after, train
 
 
 @pytest.mark.parametrize("stopped_at", [0, 3, 6, 9, 10])
@@ -152,6 +152,7 @@ def test_metrics_hold_what_the_design_promises(straight: Path) -> None:
         for line in training
     )
     assert [line["optim/alpha"] > 0 for line in training] == [2 <= t < 8 for t in range(10)]
+    assert [line["step"] for line in training if "perf/first_step_s" in line] == [1]
     validation = [line for line in lines if "val/loss" in line]
     assert [line["step"] for line in validation] == [0, 5, 10]
     assert {"val/perplexity", "val/lookahead_loss", "val/ema_loss", "val/bits_per_byte"} <= set(validation[-1])
@@ -166,6 +167,16 @@ def test_metrics_hold_what_the_design_promises(straight: Path) -> None:
         "exit_code": 0,
         "resumed_from": None,
     }
+
+
+def test_the_first_step_which_compiles_is_left_out_of_the_speed(
+    tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 1, lambda: time.sleep(3))
+    folder = train(tmp_path, sample, "log_every=5", "eval_every=0", "probe_every=0")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["perf/first_step_s"] > 3
+    assert lines[0]["perf/step_ms"] < 3000 / 5
 
 
 def test_the_probe_agrees_with_the_validation(tmp_path: Path, sample: Path) -> None:

@@ -39,7 +39,9 @@ def compiler_works() -> bool:
 @contextmanager
 def determinism(cfg: DictConfig, device: torch.device) -> Iterator[None]:
     """The same bits at every repetition: on a CPU, and on a GPU where trainer.deterministic asks for it."""
-    wanted = device.type == "cpu" if cfg.trainer.deterministic is None else cfg.trainer.deterministic
+    wanted = cfg.trainer.deterministic
+    if wanted is None:  # what is not compiled repeats its bits on a CPU anyway, and asking imports the compiler
+        wanted = device.type == "cpu" and compiles(cfg, device)
     if not wanted:
         yield
         return

@@ -161,6 +161,7 @@ def train(
             if step == start + 1:
                 gc.collect()
                 gc.freeze()  # what lives until the end is not looked through again and again
+                clock.first_done(step)
 
             measured = {"train/loss": health.loss, "train/grad_norm": health.norm}
             if trouble:

@@ -35,11 +35,18 @@ class Clock:
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
         self.peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
         self.began = time.monotonic()
+        self.first: float | None = None  # seconds of the first step, until they are logged
         self.start(0)
 
     def start(self, step: int) -> None:
         """Measure the speed from here, `step` steps being completed."""
         self.step, self.mark, self.away = step, time.monotonic(), 0.0
+
+    def first_done(self, step: int) -> None:
+        """The first step compiled: it is told apart, and the speed is that of the steps after it."""
+        self._synchronize()
+        self.first = time.monotonic() - self.mark - self.away
+        self.start(step)
 
     def seconds(self) -> float:
         """Since the run began, all its restarts together."""
@@ -56,10 +63,13 @@ class Clock:
 
     def speed(self, step: int) -> dict[str, float]:
         """The speed since the last call; call it when the device is done with the step."""
-        seconds = (time.monotonic() - self.mark - self.away) / (step - self.step)
+        steps, seconds = step - self.step, time.monotonic() - self.mark - self.away
+        seconds = seconds / steps if steps else self.first or 0.0
         self.start(step)
         rate = self.tokens_per_step / seconds
         speed = {"perf/step_ms": seconds * 1000, "perf/tokens_per_second": rate}
+        if self.first is not None:
+            speed["perf/first_step_s"], self.first = self.first, None
         if self.peak is not None:
             speed["perf/mfu"] = rate * self.flops_per_token / (self.peak * self.ranks.size)
         return speed
