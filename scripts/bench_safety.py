@@ -1,6 +1,6 @@
 """What it costs never to lose a run.
 
-    python scripts/bench.py safety [model=tiny] [micro_batch_size=4] [seq_len=256] [steps=10] [repeats=5]
+    python scripts/bench.py safety [model=tiny] [micro_batch_size=4] [seq_len=256] [steps=2] [repeats=20]
                                    [folder=FOLDER] [output=FILE]
 
 A training step of EMA-Nesterov around Muon, with and without
@@ -50,8 +50,8 @@ class Arguments:
     model: str = "tiny"
     micro_batch_size: int = 4
     seq_len: int = 256
-    steps: int = 10  # of a turn
-    repeats: int = 5
+    steps: int = 2  # of a turn
+    repeats: int = 20
     folder: str | None = None  # where checkpoints are written for a while
     output: str | None = None  # a JSON file
 

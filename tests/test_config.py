@@ -85,13 +85,16 @@ def test_the_162m_records_differ_where_they_say() -> None:
     assert [alpha(t) > 0 for t in (299, 300, 1949, 1950)] == [False, True, True, False]
 
 
-def test_pairs_differ_in_nothing_but_the_lookahead() -> None:
-    for pair in ("quickstart", "nanogpt_124m", "llama_60m"):
-        base, wrapped = (
-            OmegaConf.to_container(composed(f"experiment={pair}/{name}"), resolve=True)
-            for name in ("muon", "muon_ema_nesterov")
-        )
-        assert {key for key in base if base[key] != wrapped[key]} == {"name", "lookahead"}
+PAIRS = [e.removesuffix("_ema_nesterov") for e in EXPERIMENTS if e.endswith("_ema_nesterov")]
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if not pair.startswith("nanogpt_162m")])
+def test_pairs_differ_in_nothing_but_the_lookahead(pair: str) -> None:
+    """At 162M the lookahead's runs are shorter."""
+    base, wrapped = (
+        OmegaConf.to_container(composed(f"experiment={name}"), resolve=True) for name in (pair, f"{pair}_ema_nesterov")
+    )
+    assert {key for key in base if base[key] != wrapped[key]} == {"name", "lookahead"}
 
 
 @pytest.mark.parametrize("pair", [e.removesuffix("_lr_matched") for e in EXPERIMENTS if e.endswith("_lr_matched")])
