@@ -58,12 +58,11 @@ def test_every_path_finds_the_golden_losses(model: str, path: str, sample: Path,
     assert losses(model, sample, tmp_path, *overrides) == pytest.approx(golden, abs=tolerance, rel=0)
 
 
-@pytest.mark.parametrize("model", ["nanogpt_124m", "llama"])
-def test_bfloat16_products_stay_near(model: str, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_products_stay_near(sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does, on a CPU: weights and optimizer in float32, products in bfloat16."""
     monkeypatch.setattr(loop, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
-    golden = json.loads(GOLDEN.read_text())[model]
-    assert losses(model, sample, tmp_path) == pytest.approx(golden, abs=BFLOAT16, rel=0)
+    golden = json.loads(GOLDEN.read_text())["nanogpt_124m"]
+    assert losses("nanogpt_124m", sample, tmp_path) == pytest.approx(golden, abs=BFLOAT16, rel=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -38,7 +38,6 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, straight: Path,
     "variant",
     [
         ("lookahead=none", "probe_every=5"),
-        ("lookahead=none", "probe_every=0"),
         ("lookahead=nesterov", "lookahead.warmup_steps=2", "lookahead.rest_steps=2"),
         ("lookahead=nala", "lookahead.k=3", "lookahead.warmup_steps=2"),
         ("lookahead=lookahead", "lookahead.k=4", "lookahead.inner_state=interpolate"),
