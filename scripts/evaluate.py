@@ -12,7 +12,6 @@ and step these are the numbers of its metrics.jsonl, to rounding.
 from __future__ import annotations
 
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ema_nesterov.cli import guard, parse
+from ema_nesterov.cli import arguments, guard
 from ema_nesterov.errors import ConfigError, DataError
 
 POINTS = {"val/loss": "x", "val/lookahead_loss": "y", "val/ema_loss": "e"}
@@ -37,10 +36,7 @@ class Arguments:
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        return
-    args = parse(Arguments, sys.argv[1:])
+    args = arguments(Arguments, __doc__)
     if args.run is None:
         raise ConfigError("run= is missing; type run=RUN_FOLDER, as scripts/where.py prints it")
     for key, least in (("step", 0), ("tokens", 1)):

@@ -11,13 +11,12 @@ A text ends at a mark between documents, or after `tokens` tokens; the model see
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ema_nesterov.cli import guard, parse
+from ema_nesterov.cli import arguments, guard
 from ema_nesterov.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -41,10 +40,7 @@ class Arguments:
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        return
-    args = parse(Arguments, sys.argv[1:])
+    args = arguments(Arguments, __doc__)
     if args.run is None:
         raise ConfigError("run= is missing; type run=RUN_FOLDER, as scripts/where.py prints it")
     for key, least in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("samples", 1)):

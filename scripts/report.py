@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ema_nesterov.cli import guard, parse
+from ema_nesterov.cli import arguments, guard
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.reporting.figures import draw
 from ema_nesterov.reporting.page import write_page
@@ -31,10 +31,7 @@ class Arguments:
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        return
-    args = parse(Arguments, sys.argv[1:])
+    args = arguments(Arguments, __doc__)
     names = args.runs if isinstance(args.runs, list) else [args.runs]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"runs={args.runs} must be a folder, or a list [A,B] of them; quote a name of digits")

@@ -167,6 +167,14 @@ def refuse_foreign(cfg: DictConfig) -> None:
             raise ConfigError(f"a config sets hydra.{key}, which is fixed here; take it out of the file")
 
 
+def arguments(schema: type, doc: str | None) -> Any:
+    """The command line's KEY=VALUE as an instance of a dataclass; --help prints the doc and ends."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(doc)
+        sys.exit()
+    return parse(schema, sys.argv[1:])
+
+
 def parse(schema: type, arguments: list[str]) -> Any:
     """KEY=VALUE arguments as an instance of a dataclass. Raises ConfigError for an unknown key or a bad value."""
     defaults = OmegaConf.structured(schema)
