@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -146,17 +148,31 @@ def watched_composition() -> Iterator[None]:
 
 def composed(configs: Path, overrides: list[str]) -> DictConfig:
     """What train.py would train. Raises ConfigError in one line."""
-    read_arguments(overrides)
-    GlobalHydra.instance().clear()
-    try:
-        with watched_composition(), initialize_config_dir(str(configs), version_base="1.3"):
-            cfg = compose("train", overrides)
-    except UserError:
-        raise
-    except Exception as e:
-        raise ConfigError(explain(e, configs)) from None
-    check(cfg)
-    return cfg
+    return next(composed_each(configs, [overrides]))
+
+
+def composed_each(configs: Path, commands: Iterable[list[str]]) -> Iterator[DictConfig]:
+    """What train.py would train with each of these command lines. The files are composed once for each choice of
+    groups, as that takes a second, and the values set on top. Raises ConfigError in one line."""
+    chosen: dict[tuple[str, ...], DictConfig] = {}
+    groups = {path.name for path in configs.iterdir() if path.is_dir()}
+    for command in commands:
+        read_arguments(command)
+        choices = tuple(o for o in command if key_of(o) in groups or "@" in o.partition("=")[0])
+        try:
+            values = OverridesParser.create().parse_overrides([o for o in command if o not in choices])
+            if choices not in chosen:
+                GlobalHydra.instance().clear()
+                with watched_composition(), initialize_config_dir(str(configs), version_base="1.3"):
+                    chosen[choices] = compose("train", list(choices))
+            cfg = copy.deepcopy(chosen[choices])
+            ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        except UserError:
+            raise
+        except Exception as e:
+            raise ConfigError(explain(e, configs)) from None
+        check(cfg)
+        yield cfg
 
 
 def refuse_foreign(cfg: DictConfig) -> None:

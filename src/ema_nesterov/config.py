@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from . import schemas  # importing it registers them
 from .derived import alpha_schedule, lr_schedule, momentum_schedule, steps_of
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 
 
 def check(cfg: DictConfig) -> None:
@@ -170,6 +170,25 @@ def _check_groups(cfg: DictConfig) -> None:
         name = held[0].removeprefix("no_lookahead") or "none"
         if key and node[key] != name:
             raise ConfigError(f"{group}.{key}={node[key]} must be {name}, as chosen; type {group}=OPTION for another")
+
+
+def typed(plain: dict[str, Any]) -> DictConfig:
+    """A config as config.yaml and manifests hold it, resolved, with its schemas again. Raises ConfigError where it has
+    keys or values that they do not."""
+    try:
+        cfg: Any = OmegaConf.merge(OmegaConf.structured(schemas.TrainConfig), plain)
+        for group, options in OPTIONS.items():
+            node = plain[group]
+            if "_target_" in node:
+                continue
+            name = node.get("architecture" if group == "model" else "name")
+            if group == "dataset":
+                name = "text_stream" if "buffer" in node else "token_shards"
+            held = {"none": "no_lookahead"}.get(name, name) if name in options or name == "none" else options[0]
+            cfg[group] = OmegaConf.merge(OmegaConf.structured(schemas.SCHEMAS[held]), node)
+    except (OmegaConfBaseException, KeyError) as e:
+        raise ConfigError(f"this config is of another version of the code ({one_line(e)})") from None
+    return cfg
 
 
 def _check_environment(cfg: DictConfig) -> None:

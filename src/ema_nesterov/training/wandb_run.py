@@ -36,20 +36,26 @@ def open_run(
 ) -> Any:
     """The W&B run of this folder: under the same id whenever and wherever it is opened.
 
-    scratch: where wandb keeps its files, and an offline run.  project, entity: others than the config names.
+    scratch: where wandb keeps its files, and an offline run.  project, entity: others than the config names. Below
+    `wandb agent` it is the agent's run.
     """
     cfg: Any = load_config(folder)
     header = [line for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("# ")]
     provenance = dict(line.removeprefix("# ").split(": ", 1) for line in header if ": " in line)
     identity = f"{cfg.name}-{folder.resolve().parent.name.rpartition('-')[2]}"
     tags = [cfg[group].get("name") for group in ("model", "dataset", "optimizer", "lookahead")]
-    quiet()
-    run = wandb.init(
-        mode=mode,  # type: ignore[arg-type]
+    chosen: dict[str, Any] = dict(
         project=project or cfg.logger.project,
         entity=entity or cfg.logger.entity,
-        dir=str(scratch),
         id=re.sub(r"[^A-Za-z0-9_-]", "-", f"{identity}-seed{cfg.seed}"),
+    )
+    if "WANDB_SWEEP_ID" in os.environ:  # the agent's WANDB_RUN_ID and so on; wandb takes no other, and would warn
+        chosen = {}
+    quiet()
+    run = wandb.init(
+        **chosen,
+        mode=mode,  # type: ignore[arg-type]
+        dir=str(scratch),
         name=f"{identity}/seed{cfg.seed}",
         group=identity,
         job_type="train",
@@ -104,6 +110,7 @@ def send(run: Any, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def finish(run: Any, status: str) -> None:
+    run.summary["status"] = status  # W&B's own state tells no diverged run from a failed one
     if status == "preempted":
         run.mark_preempting()
     run.finish(exit_code=int(status != "finished"))

@@ -1,0 +1,97 @@
+"""How the runs of a sweep stand, as their folders and SLURM's queue tell."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..training.folder import read_status
+from ..training.logs import read_metrics
+from .manifest import Entry, Sweep
+
+OVER = ("finished", "diverged")  # nothing remains to be done
+BUSY = ("running", "queued")
+
+
+@dataclass(frozen=True)
+class State:
+    """finished, diverged, failed, preempted: as in status.json. running: a process trains in the folder. killed: none
+    does, though status.json says running. queued: SLURM has it. missing: nothing has begun."""
+
+    name: str
+    step: int = 0
+    message: str = ""
+
+    @property
+    def remains(self) -> bool:
+        return self.name not in (*OVER, *BUSY)
+
+
+def state_of(entry: Entry, queued: bool = False) -> State:
+    status = read_status(entry.folder)
+    name = status.get("status", "missing")
+    if name != "finished" and is_locked(entry.folder):
+        name = "running"
+    elif name not in OVER and queued:
+        name = "queued"
+    elif name == "running":
+        name = "killed"
+    step, message = status.get("step", 0), str(status.get("message", ""))
+    if name == "running":
+        step = last_step(entry.folder / "metrics.jsonl", step)
+    return State(name, step, message)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains there."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def last_step(metrics: Path, default: int) -> int:
+    lines = read_metrics(metrics)
+    return lines[-1]["step"] if lines else default
+
+
+def states(sweep: Sweep) -> list[State]:
+    """Of all runs, in the manifest's order."""
+    waiting = in_queue(sweep)
+    return [state_of(entry, entry.index in waiting) for entry in sweep.entries]
+
+
+# --- SLURM ----------------------------------------------------------------------------------------
+
+
+def submissions(sweep: Sweep) -> list[Path]:
+    return sorted((sweep.folder / "submissions").glob("*.json"), key=lambda path: int(path.stem))
+
+
+def in_queue(sweep: Sweep) -> set[int]:
+    """The runs whose array task is queued or runs."""
+    held: set[int] = set()
+    for path in submissions(sweep):
+        submission = json.loads(path.read_text())
+        for task in tasks_in_queue(submission["job"]):
+            held.update(submission["tasks"][task])
+    return held
+
+
+def tasks_in_queue(job: str | None) -> list[int]:
+    """Of an array; none where the job has left the queue, or there is no SLURM."""
+    if job is None:
+        return []
+    try:
+        command = ["squeue", "--noheader", "--array", "--format=%K", f"--jobs={job}"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [int(task) for task in told.stdout.split() if task.isdigit()]
