@@ -149,7 +149,7 @@ def _from_json(path: Path) -> Tokenizer:
 
     digest = _hash(path)
     try:
-        rust = Rust.from_str(json.dumps(_without_sentinels(json.loads(path.read_text()))))
+        rust = Rust.from_str(json.dumps(without_sentinels(json.loads(path.read_text()))))
         rust.no_truncation()
         rust.no_padding()
         bare, whole = (rust.encode("a", add_special_tokens=add).ids for add in (False, True))
@@ -217,7 +217,7 @@ def _hash(path: Path) -> str:
         raise DataError(f"cannot read tokenizer {path}: {e.strerror}; type dataset.tokenizer=FILE") from None
 
 
-def _without_sentinels(spec: dict[str, Any]) -> dict[str, Any]:
+def without_sentinels(spec: dict[str, Any]) -> dict[str, Any]:
     """T5's 100 sentinels lie beyond the 32,000 ids that its models know; a text that spells one out is text."""
     sentinel = "<extra_id_"
     spec["added_tokens"] = [t for t in spec.get("added_tokens", []) if not t["content"].startswith(sentinel)]
