@@ -1,7 +1,12 @@
-"""Compare finished runs: python scripts/report.py runs=FOLDER [output=FOLDER] [title=TEXT]
+"""Compare finished runs: python scripts/report.py sweep=NAME | runs=FOLDER [output=FOLDER] [title=TEXT]
 
-`runs` is a folder of run folders, or a list [A,B]. Writes table.md, table.csv, comparison.png,
-comparison.svg and index.html into `output` (default: report/ inside the first folder).
+sweep   a sweep that has begun: its name below runs_dir (default runs), or its folder; figures as its file asks
+runs    a folder of run folders, or a list [A,B]
+
+Writes cells.md and .csv (a row a config, over its seeds), table.md and .csv (a row a run), pairwise.md and .csv,
+figures as PNG and SVG, and index.html, which holds all of it, into `output` (default: report/ inside the sweep's or
+the first folder). Runs that are missing, failed or diverged are named. Published numbers (docs/paper_results.yaml)
+stand beside those of runs that repeat them.
 """
 
 from __future__ import annotations
@@ -13,47 +18,81 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Printed
 
 from ema_nesterov.cli import arguments, guard
 from ema_nesterov.errors import ConfigError
-from ema_nesterov.reporting.figures import draw
+from ema_nesterov.reporting.cells import cells_of, comparisons_of
+from ema_nesterov.reporting.figures import Data, draw_all
 from ema_nesterov.reporting.page import write_page
-from ema_nesterov.reporting.runs import find_runs
-from ema_nesterov.reporting.table import COLUMNS, LEGEND, rows, verdicts, write_table
+from ema_nesterov.reporting.published import load_published, published_for
+from ema_nesterov.reporting.runs import find_runs, runs_of
+from ema_nesterov.reporting.table import Table, table_of_cells, table_of_pairs, table_of_runs, verdicts
+from ema_nesterov.sweeps.manifest import is_frozen, open_sweep, sweep_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+FEW = 6  # runs that one figure can hold
 
 
 @dataclass
 class Arguments:
-    runs: Any = "runs"
+    sweep: str | None = None
+    runs: Any = None
+    runs_dir: str = "runs"
     output: str | None = None
-    title: str = "Lookahead or not"
+    title: str | None = None
 
 
 def main() -> None:
     args = arguments(Arguments, __doc__)
-    names = args.runs if isinstance(args.runs, list) else [args.runs]
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"runs={args.runs} must be a folder, or a list [A,B] of them; quote a name of digits")
-    roots = [Path(name) for name in names]
-    runs, others = find_runs(roots)
-    folder = Path(args.output) if args.output else roots[0] / "report"
+    wanted: list[dict[str, Any]]
+    if args.sweep:
+        folder = Path(args.sweep) if is_frozen(Path(args.sweep)) else sweep_folder(Path(args.runs_dir), args.sweep)
+        if not is_frozen(folder):
+            raise ConfigError(
+                f"{folder} does not exist: the sweep has not begun; python scripts/sweep.py run begins it"
+            )
+        sweep = open_sweep(folder)
+        (runs, others), title, wanted = runs_of(sweep), sweep.about["title"], sweep.about["figures"]
+    else:
+        names = args.runs if isinstance(args.runs, list) else [args.runs or args.runs_dir]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ConfigError(f"runs={args.runs} must be a folder, or a list [A,B] of them; quote a name of digits")
+        (runs, others), title, wanted = find_runs([Path(name) for name in names]), "Lookahead or not", []
+        folder = Path(names[0])
+    output = Path(args.output) if args.output else folder / "report"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ConfigError(f"cannot write {folder}: {e.strerror}; type output=FOLDER") from None
-    write_table(runs, folder)
-    write_page(runs, others, draw(runs, folder), folder / "index.html", args.title)
-    table = Table(title=args.title, box=SIMPLE_HEAD)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
-    for row in rows(runs):
-        table.add_row(*row)
+        raise ConfigError(f"cannot write {output}: {e.strerror}; type output=FOLDER") from None
+    cells = cells_of(runs)
+    comparisons = comparisons_of(cells)
+    published = published_for(cells, load_published(ROOT / "docs" / "paper_results.yaml"), ROOT / "configs")
+    seeds, each = table_of_cells(cells, comparisons, published), table_of_runs(runs)
+    tables = [seeds, each, *([table_of_pairs(comparisons)] if comparisons else [])]
+    for table in tables:
+        table.write(output)
+    few = [{"kind": "comparison"}] if len(runs) <= FEW else [{"kind": "curves"}, {"kind": "differences"}]
+    figures = draw_all(wanted or few, Data(cells, comparisons, others, published), output)
+    said = verdicts(comparisons)
+    write_page(output / "index.html", args.title or title, said, tables, figures, cells, others)
+    show(each if len(cells) == len(runs) else seeds, args.title or title)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    for line in [LEGEND, "", *(f"not counted: {other}" for other in others), *verdicts(runs)]:
+    for line in [*(f"not counted: {other}" for other in others), *said]:
         console.print(line, highlight=False)
-    console.print(f"table, figure and page: {folder}", highlight=False)
+    console.print(f"tables, figures and page: {output}", highlight=False)
+
+
+def show(table: Table, title: str) -> None:
+    printed = Printed(title=title, box=SIMPLE_HEAD)
+    for column in table.columns:
+        left = column in ("run", "config")
+        printed.add_column(column, justify="left" if left else "right", no_wrap=left)
+    for row in table.rows:
+        printed.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(printed)
+    console.print(f"{table.legend}\n", highlight=False)
 
 
 if __name__ == "__main__":

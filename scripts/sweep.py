@@ -1,7 +1,7 @@
 """Many runs: python scripts/sweep.py COMMAND sweep=NAME [KEY=VALUE ...]
 
 plan       the runs, how they stand, and what they cost; nothing is written
-run        train here what remains: one run after another, or one on each GPU (jobs=N: so many side by side)
+run        train here what remains, one run after another, or one on each GPU
 submit     hand the runs to SLURM, as an array
 status     finished, running, queued, preempted, killed, diverged, failed or missing, each with its reason
 resubmit   hand to SLURM what remains, and nothing else
@@ -11,7 +11,7 @@ name       of a sweep without a file; its runs are those of train.py --multirun:
            python scripts/sweep.py plan name=mine experiment=quickstart/muon,quickstart/muon_ema_nesterov seed=0,1
 runs_dir   where the runs and sweeps/NAME lie (default runs)
 gpus       of each run, in place of what the sweep says: the batch is global, so the numbers stay
-jobs       runs side by side (default: as the GPUs here allow; without a GPU, 1)
+jobs       runs side by side (default: as many as have GPUs of their own, 1 without; small ones may share a GPU)
 pack       submit: one-GPU runs that share an array task, e.g. 8 on a node of 8
 throttle   submit: array tasks at a time
 sbatch     submit: options for sbatch, e.g. sbatch="--partition=gpu --time=4:00:00"
@@ -201,9 +201,9 @@ def run(args: Arguments, overrides: list[str]) -> int:
     each = min(sweep.about["gpus"], len(gpus))
     if each < sweep.about["gpus"] and gpus:
         print(f"each run takes {each} GPU here, not {sweep.about['gpus']}: slower, with the same numbers")
-    most = len(gpus) // each if each else args.jobs or 1
-    count = min(args.jobs or most, most)
-    slots = [gpus[i * each : (i + 1) * each] for i in range(count)]
+    apart = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)] if each else [[]]
+    count = args.jobs or len(apart)  # more than there are GPUs share them
+    slots = [apart[i % len(apart)] for i in range(count)]
     print(f"{len(todo)} of {len(wanted)} runs, {count} at a time: {sweep.folder}", flush=True)
     code = launch(Path(__file__).resolve(), sweep, todo, slots, lambda line: print(line, flush=True))
     print(summary([state_of(entry) for entry in wanted.values()]))

@@ -367,8 +367,10 @@ def _check_lookahead(cfg: DictConfig) -> None:
         ("mu_x", lambda v: 0 <= v < 1, "in [0, 1)"),
         ("mu_y", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ):
-        if key in look:
+        if look.get(key) is not None:
             _require(holds(look[key]), f"lookahead.{key}", look[key], what)
+    if look.name == "gpa":
+        _require((look.mu_x is None) != (look.k is None), "lookahead.mu_x", look.mu_x, "null where lookahead.k is set")
     if "inner_state" in look:
         _choice("lookahead.inner_state", look.inner_state, ["maintain", "interpolate", "reset"])
         if look.inner_state == "interpolate" and cfg.optimizer.name in ("soap", "record30"):

@@ -242,8 +242,9 @@ class SNOOConfig:
 @dataclass
 class GPAConfig:
     name: str = MISSING
-    mu_x: float = MISSING
+    mu_x: float | None = MISSING
     mu_y: float = MISSING
+    k: int | None = None  # in place of mu_x, which is then mu_y^(1/k), as in the released code
 
 
 # --- schedule, trainer, logger --------------------------------------------------------------------

@@ -84,7 +84,7 @@ def wrap(base: Optimizer, cfg: DictConfig) -> Optimizer:
     if look.name == "snoo":
         return SNOO(base, look.lr, look.momentum, look.k)
     if look.name == "gpa":
-        return GPA(base, look.mu_x, look.mu_y)
+        return GPA(base, look.mu_y ** (1 / look.k) if look.k else look.mu_x, look.mu_y)
     raise ConfigError(f"unknown lookahead.name={look.name}")
 
 

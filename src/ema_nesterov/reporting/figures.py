@@ -1,96 +1,351 @@
-"""The pictures: loss curves, the difference to the base, and the loss along the lookahead line."""
+"""The pictures of a report, as PNG and SVG, in the paper's form.
+
+A sweep's file lists what it wants: {kind: ..., and what that kind asks for}.
+
+    comparison   three panels for a few runs: losses, differences to the base, the loss along the lookahead line
+    curves       validation loss over steps (x: step | tokens | time), mean and range over seeds, the published curve
+    differences  paired differences to the base over steps, mean and 95% interval over seeds
+    final        final perplexities: seeds, mean, 95% interval, the published number
+    grid         final perplexity of the runs called `name` over two keys, `rows` and `columns`, and a third, `panels`
+    scaling      final perplexity over the key `x`, a line for each name, and for each value of the key `series`
+    positions    the loss along x + a d while the learning rate is constant, and while it decays
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+from omegaconf import DictConfig, OmegaConf
 
-from .runs import Run, base_of
+from ..derived import lr_schedule
+from ..errors import ConfigError
+from .cells import Cell, Comparison, paired_curves, problem
+from .comparison import along, draw_comparison
+from .published import Published
+from .runs import Run, Unfinished
 
 STYLE: dict[Any, Any] = {
-    "figure.figsize": (12, 3.8),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    "legend.fontsize": 8,
     "font.size": 10,
     "svg.fonttype": "none",
+    "svg.hashsalt": "ema-nesterov",  # the same picture twice is the same file
 }
+WIDTH, HEIGHT = 4.6, 3.6  # inches of a panel
+BASE, CONTROL = "0.35", "C1"  # colors
+COLORS = ["C2", "C0", "C3", "C4", "C5", "C6", "C8", "C9"]
 
 
-def draw(runs: list[Run], folder: Path) -> list[Path]:
-    """comparison.{png,svg}; returns the SVG files."""
-    with plt.rc_context(STYLE):
-        figure, (losses, differences, line) = plt.subplots(1, 3, layout="constrained")
-        colors = {id(run): f"C{i}" for i, run in enumerate(runs)}
-        draw_losses(losses, runs, colors)
-        draw_differences(differences, runs, colors)
-        draw_probe(line, runs, colors)
-        paths = [folder / f"comparison.{kind}" for kind in ("png", "svg")]
-        for path in paths:
-            figure.savefig(path, dpi=150)
-        plt.close(figure)
-    return [path for path in paths if path.suffix == ".svg"]
+@dataclass
+class Figure:
+    svg: Path
+    caption: str
 
 
-def draw_losses(axes: Axes, runs: list[Run], colors: dict[int, str]) -> None:
-    for run in runs:
-        color = colors[id(run)]
-        axes.plot(*run.curve("val/loss"), color=color, marker=".", label=run.label)
-        if run.has_lookahead:
-            axes.plot(*run.curve("val/lookahead_loss"), color=color, ls=":", lw=1, label="at the lookahead point")
-    lows = [min(run.curve("val/loss")[1]) for run in runs]
-    axes.set_ylim(min(lows) - 0.1, min(lows) + 2)
-    axes.set(title="validation loss at x", xlabel="step", ylabel="nats per token")
-    axes.legend(fontsize=8)
+@dataclass
+class Data:
+    cells: list[Cell]
+    comparisons: list[Comparison]
+    others: list[Unfinished]
+    published: dict[int, Published]  # by the index of a cell
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for cell in self.cells for run in cell.runs]
 
 
-def draw_differences(axes: Axes, runs: list[Run], colors: dict[int, str]) -> None:
-    """Each run minus its base at the same step; below 0 the lookahead is ahead."""
-    axes.axhline(0, color="black", lw=0.8)
-    values: list[float] = []
-    for run in runs:
-        base = base_of(run, runs)
-        if base is None:
-            continue
-        reference = dict(zip(*base.curve("val/loss"), strict=True))
-        pairs = [(s, v - reference[s]) for s, v in zip(*run.curve("val/loss"), strict=True) if s in reference and s > 0]
-        values += [v for _, v in pairs]
-        axes.plot([s for s, _ in pairs], [v for _, v in pairs], color=colors[id(run)], marker=".", label=run.label)
-        on = [s for s, a in zip(*run.curve("optim/alpha"), strict=True) if a > 0]
-        if on:
-            axes.axvspan(on[0], on[-1], color=colors[id(run)], alpha=0.08, label="alpha > 0")
-    if values:
-        axes.legend(fontsize=8)
-    axes.set(title="validation loss minus the base's", xlabel="step", ylabel="nats (below 0: ahead)")
+def draw_all(wanted: list[dict[str, Any]], data: Data, folder: Path) -> list[Figure]:
+    """Raises ConfigError for a figure that does not exist. One that has nothing to show is left out."""
+    figures = []
+    for i, spec in enumerate(wanted):
+        if spec.get("kind") not in KINDS:
+            raise ConfigError(f"figure kind={spec.get('kind')} must be one of {', '.join(KINDS)}")
+        options = {key: value for key, value in spec.items() if key != "kind"}
+        with plt.rc_context(STYLE):
+            drawn = KINDS[spec["kind"]](data, **options)
+            if drawn is None:
+                continue
+            drawing, caption = drawn
+            twice = [other for other in wanted if other.get("kind") == spec["kind"]]
+            stem = spec["kind"] if len(twice) == 1 else f"{spec['kind']}_{i}"
+            for kind in ("png", "svg"):
+                drawing.savefig(folder / f"{stem}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+            plt.close(drawing)
+        figures.append(Figure(folder / f"{stem}.svg", caption))
+    return figures
 
 
-def draw_probe(axes: Axes, runs: list[Run], colors: dict[int, str]) -> None:
-    """The loss along x + a d, relative to the loss at x, at each run's middle probe."""
-    axes.axhline(0, color="black", lw=0.8)
-    axes.axvline(0, color="black", lw=0.8)
-    for run in runs:
-        steps = sorted({line["step"] for line in run.metrics if "probe/loss" in line})
-        if not steps:
-            continue
-        step = steps[(len(steps) - 1) // 2]
-        for direction, style, name in (("ema", "-", "EMA"), ("step", ":", "last update")):
-            losses = {
-                line["probe/position"]: line["probe/loss"]
-                for line in run.metrics
-                if line["step"] == step and line.get("probe/direction") == direction
-            }
-            if losses:
-                heights = [loss - losses[0.0] for loss in losses.values()]
-                label = f"{name} of {run.name.rpartition('/')[2]}, step {step}"
-                axes.plot(list(losses), heights, color=colors[id(run)], ls=style, label=label)
-    axes.set(title="loss along x + a d", xlabel="a", ylabel="nats above the loss at x")
-    if len(axes.lines) > 2:
-        axes.legend(fontsize=8, loc="upper left")
+Drawn = tuple[Drawing, str] | None
+
+
+def panels(count: int, height: float = HEIGHT) -> tuple[Drawing, list[Axes]]:
+    """Up to three in a row."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    drawing, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH * columns, height * rows), layout="constrained", squeeze=False
+    )
+    flat = list(axes.flat)
+    for spare in flat[count:]:
+        spare.set_axis_off()
+    return drawing, flat[:count]
+
+
+def families(cells: list[Cell]) -> list[list[Cell]]:
+    """Cells of one problem together, in order."""
+    found: list[list[Cell]] = []
+    for cell in cells:
+        near = next((family for family in found if problem(family[0]) == problem(cell)), None)
+        if near is None:
+            found.append([cell])
+        else:
+            near.append(cell)
+    return found
+
+
+def colors(family: list[Cell]) -> Iterator[tuple[Cell, Any]]:
+    rest = iter(COLORS * len(family))
+    for cell in family:
+        matched = cell.first.config.schedule.get("matched_alpha")
+        yield cell, BASE if cell.is_base else CONTROL if matched else next(rest)
+
+
+def about(family: list[Cell]) -> str:
+    cfg = family[0].first.config
+    optimizer = cfg.optimizer.get("name") or cfg.optimizer.get("_target_")
+    return f"{cfg.model.get('name', 'model')}, {optimizer}, {cfg.batch_size} x {cfg.seq_len} tokens"
+
+
+# --- curves ---------------------------------------------------------------------------------------
+
+
+def curves(data: Data, x: str = "step", metric: str = "val/loss") -> Drawn:
+    grouped = families(data.cells)
+    drawing, axes = panels(len(grouped))
+    for ax, family in zip(axes, grouped, strict=True):
+        ends, lows = [], []
+        for cell, color in colors(family):
+            lines = list(zip_longest(*([line for line in run.metrics if metric in line] for run in cell.runs)))
+            lines = [line for line in lines if None not in line]
+            places = np.array([mean(seed[x] for seed in line) for line in lines])
+            values = np.array([[seed[metric] for seed in line] for line in lines])
+            style = "--" if color == CONTROL else "-"
+            ax.plot(places, values.mean(1), color=color, ls=style, lw=1.4, label=cell.label)
+            ax.fill_between(places, values.min(1), values.max(1), color=color, alpha=0.2, lw=0)
+            lows.append(values.min())
+            ends.append(values.mean(1)[len(values) // 4])
+            curve = data.published[i].curve if (i := data.cells.index(cell)) in data.published else {}
+            if curve and x == "step":
+                ax.plot(list(curve), list(curve.values()), color=color, ls=":", lw=1, label=f"{cell.name}, published")
+        margin = (max(ends) - min(lows)) * 0.05 or 0.1
+        ax.set_ylim(min(lows) - margin, max(ends) + margin)
+        ax.set(title=about(family), xlabel=x, ylabel="validation loss at x, nats per token")
+        ax.legend()
+    return drawing, "Validation loss: mean over seeds, and their range. Dotted: published."
+
+
+def differences(data: Data) -> Drawn:
+    shown = [c for c in data.comparisons if c.same_length and c.pairs]
+    grouped = [
+        kept
+        for family in families(data.cells)
+        if (kept := [c for c in shown if any(c.cell is cell for cell in family)])
+    ]
+    if not grouped:
+        return None
+    drawing, axes = panels(len(grouped))
+    for ax, comparisons in zip(axes, grouped, strict=True):
+        ax.axhline(0, color=BASE, lw=0.8)
+        palette = {id(cell): color for cell, color in colors([c.cell for c in comparisons])}
+        late: list[float] = []
+        for c in comparisons:
+            points = paired_curves(c)
+            steps = [step for step, _ in points]
+            color = palette[id(c.cell)]
+            ax.plot(steps, [s.mean for _, s in points], color=color, marker=".", ms=4, lw=1.2, label=c.cell.label)
+            bands = [s.interval or (s.mean, s.mean) for _, s in points]
+            ax.fill_between(steps, [low for low, _ in bands], [high for _, high in bands], color=color, alpha=0.2, lw=0)
+            late += [value for _, s in points[len(points) // 4 :] for value in (s.mean, *(s.interval or ()))]
+        span = max(map(abs, late), default=0.01) * 1.2 or 0.01
+        ax.set_ylim(-span, span)
+        shade(ax, comparisons[0].cell.first)
+        title = about([comparisons[0].cell])
+        ax.set(title=title, xlabel="step", ylabel="nats less the base's (below 0: ahead)")
+        ax.legend()
+    return drawing, "Validation loss less that of the base of the same seed: mean and 95% interval. Grey: alpha > 0."
+
+
+def shade(ax: Axes, run: Run) -> None:
+    on = [s for s, a in zip(*run.curve("optim/alpha"), strict=True) if a > 0]
+    if on:
+        ax.axvspan(on[0], on[-1], color="0.5", alpha=0.08, lw=0)
+
+
+# --- final values ---------------------------------------------------------------------------------
+
+
+def final(data: Data) -> Drawn:
+    grouped = families(data.cells)
+    drawing, axes = panels(len(grouped), height=1.2 + 0.35 * max(map(len, grouped)))
+    for ax, family in zip(axes, grouped, strict=True):
+        for y, (cell, color) in enumerate(colors(family)):
+            perplexity = cell.perplexity("val/loss")
+            assert perplexity is not None
+            ax.plot(perplexity.values, [y] * perplexity.n, ".", color=color, alpha=0.5)
+            if perplexity.interval is not None:
+                ax.plot(perplexity.interval, [y, y], color=color, lw=2)
+            ax.plot(perplexity.mean, y, "|", color=color, ms=14, mew=2)
+            entry = data.published.get(data.cells.index(cell))
+            value = entry and (entry.perplexity or (entry.loss and np.exp(entry.loss)))
+            if value:
+                ax.plot(value, y, "D", mfc="none", color="black", ms=6)
+        ax.set_yticks(range(len(family)), [cell.label for cell in family], fontsize=8)
+        ax.invert_yaxis()
+        ax.set(title=about(family), xlabel="final perplexity at x")
+    return drawing, "Final perplexity at x: seeds, mean, 95% interval; diamonds are published numbers."
+
+
+def grid(data: Data, name: str, rows: str, columns: str, panels_: str | None = None) -> Drawn:
+    held = [cell for cell in data.cells if cell.name == name]
+    if not held:
+        return None
+    lost = [other.config for other in data.others if other.config is not None and other.config.name == name]
+    every = [cell.first.config for cell in held] + lost
+    slices = sorted({value(cfg, panels_) for cfg in every}) if panels_ else [None]
+    ys, xs = (sorted({value(cfg, key) for cfg in every}) for key in (rows, columns))
+    losses = {place(c.first.config, rows, columns, panels_): c.perplexity("val/loss") for c in held}
+    means = {key: p.mean for key, p in losses.items() if p is not None}
+    base = next((c.base.perplexity("val/loss") for c in data.comparisons if c.cell in held), None)
+    drawing, axes = panels(len(slices), height=1.4 + 0.45 * len(ys))
+    low, high = min(means.values()), max(means.values())
+    best = min(means, key=lambda key: means[key])
+    for ax, part in zip(axes, slices, strict=True):
+        image = np.array([[means.get((y, x, part), np.nan) for x in xs] for y in ys])
+        ax.imshow(image, cmap="viridis_r", vmin=low, vmax=high, aspect="auto")
+        for i, y in enumerate(ys):
+            for j, x in enumerate(xs):
+                known = means.get((y, x, part))
+                text = "-" if known is None else f"{known:.2f}"
+                dark = known is not None and known < (low + high) / 2
+                weight = "bold" if (y, x, part) == best else "normal"
+                ax.text(j, i, text, ha="center", va="center", color="white" if dark else "black", weight=weight, size=8)
+        ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+        ax.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+        ax.grid(False)
+        title = name if part is None else f"{name}, {panels_} = {part:g}"
+        ax.set(title=title, xlabel=columns, ylabel=rows)
+    beside = "" if base is None else f" The base alone: {base.mean:.2f}."
+    return drawing, f"Final perplexity at x; the lowest is bold; - is not finished.{beside}"
+
+
+def place(cfg: DictConfig, *keys: str | None) -> tuple[Any, ...]:
+    return tuple(value(cfg, key) if key else None for key in keys)
+
+
+def value(cfg: DictConfig, key: str) -> Any:
+    found = OmegaConf.select(cfg, key)
+    if found is None:
+        raise ConfigError(f"a figure asks for {key}, which {cfg.name} does not have; mend the figures of the sweep")
+    return found
+
+
+def scaling(data: Data, x: str, series: str | None = None) -> Drawn:
+    models = list(dict.fromkeys(cell.first.config.model.get("name", "model") for cell in data.cells))
+    drawing, axes = panels(len(models))
+    for ax, model in zip(axes, models, strict=True):
+        held = [cell for cell in data.cells if cell.first.config.model.get("name", "model") == model]
+        names = list(dict.fromkeys(cell.name for cell in held))
+        for name in names:
+            cells = [cell for cell in held if cell.name == name]
+            color = next(iter(colors([cells[0]])))[1]
+            by_place: dict[Any, list[Cell]] = {}
+            for cell in cells:
+                by_place.setdefault(value(cell.first.config, x), []).append(cell)
+            rules = max(map(len, by_place.values())) if series else 1
+            for rule in range(rules):
+                chosen = [
+                    sorted(found, key=lambda c: value(c.first.config, series or x))[min(rule, len(found) - 1)]
+                    for _, found in sorted(by_place.items())
+                ]
+                spots = [value(cell.first.config, x) for cell in chosen]
+                found = [cell.perplexity("val/loss") for cell in chosen]
+                label = name if rules == 1 else f"{name}, {'larger' if rule else 'smaller'} {series}"
+                centers = [p.mean for p in found if p]
+                bars = [(p.interval[1] - p.mean) if p and p.interval else 0.0 for p in found]
+                ax.errorbar(spots, centers, bars, color=color, marker="o", ms=4, ls="--" if rule else "-", label=label)
+        ax.set_xscale("log", base=2)
+        ax.set(title=model, xlabel=x, ylabel="final perplexity at x")
+        ax.legend()
+    return drawing, f"Final perplexity at x over {x}: mean and 95% interval over seeds."
+
+
+# --- the loss along the lookahead line ------------------------------------------------------------
+
+
+def positions(data: Data) -> Drawn:
+    held = [cell for cell in data.cells if stages(cell.first)]
+    if not held:
+        return None
+    drawing, axes = panels(2 * len(held)) if len(held) == 1 else panels(2 * len(held), height=3)
+    if len(held) > 1:
+        plt.close(drawing)
+        drawing, grid_ = plt.subplots(
+            len(held), 2, figsize=(2 * WIDTH, 3 * len(held)), layout="constrained", squeeze=False
+        )
+        axes = list(grid_.flat)
+    for i, cell in enumerate(held):
+        for ax, (stage, step) in zip(axes[2 * i :], stages(cell.first).items(), strict=False):
+            ax.axhline(0, color="black", lw=0.8)
+            ax.axvline(0, color="black", lw=0.8)
+            for direction, color, style, name in (
+                ("ema", "C2", "--", "EMA of the updates"),
+                ("step", "C3", "-", "last update"),
+            ):
+                lines = [line for run in cell.runs if (line := along(run, step, direction))]
+                if lines:
+                    places = sorted(lines[0])
+                    heights = [mean(line[a] - line[0.0] for line in lines) for a in places]
+                    ax.plot(places, heights, color=color, ls=style, marker=".", ms=4, label=name)
+            ax.set(title=f"{cell.label}, {stage}, step {step}", xlabel="a", ylabel="nats above the loss at x")
+            ax.legend()
+    return drawing, "The loss at x + a d less that at x, along the EMA of the updates and along the last update."
+
+
+def stages(run: Run) -> dict[str, int]:
+    """The probed steps that stand for a constant and for a decaying learning rate: the last of each."""
+    steps = sorted({line["step"] for line in run.metrics if "probe/loss" in line})
+    if not steps:
+        return {}
+    rate = lr_schedule(run.config)
+    full = max(rate(step) for step in range(0, run.config.steps, max(1, run.config.steps // 1000)))
+    stable = [step for step in steps if rate(step - 1) >= 0.999 * full]
+    decaying = [step for step in steps if step not in stable and step > max(stable, default=0)]
+    found = {"constant learning rate": stable[-1:], "decaying learning rate": decaying[-1:]}
+    return {name: picked[0] for name, picked in found.items() if picked}
+
+
+KINDS: dict[str, Callable[..., Drawn]] = {
+    "comparison": lambda data: draw_comparison(data.runs),
+    "curves": curves,
+    "differences": differences,
+    "final": final,
+    "grid": lambda data, panels=None, **keys: grid(data, panels_=panels, **keys),
+    "scaling": scaling,
+    "positions": positions,
+}
