@@ -31,7 +31,7 @@ from ema_nesterov.reporting.table import Table, table_of_cells, table_of_pairs, 
 from ema_nesterov.sweeps.manifest import is_frozen, open_sweep, sweep_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-FEW = 6  # runs that one figure can hold
+FEW, MANY = 6, 12  # runs that one figure can hold, sentences that are read in a terminal
 
 
 @dataclass
@@ -78,7 +78,7 @@ def main() -> None:
     write_page(output / "index.html", args.title or title, said, tables, figures, cells, others)
     show(each if len(cells) == len(runs) else seeds, args.title or title)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    for line in [*(f"not counted: {other}" for other in others), *said]:
+    for line in [*(f"not counted: {other}" for other in others), *(said if len(said) <= MANY else [])]:
         console.print(line, highlight=False)
     console.print(f"tables, figures and page: {output}", highlight=False)
 

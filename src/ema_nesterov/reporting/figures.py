@@ -242,7 +242,7 @@ def grid(data: Data, name: str, rows: str, columns: str, panels_: str | None = N
             for j, x in enumerate(xs):
                 known = means.get((y, x, part))
                 text = "-" if known is None else f"{known:.2f}"
-                dark = known is not None and known < (low + high) / 2
+                dark = known is not None and known > (low + high) / 2
                 weight = "bold" if (y, x, part) == best else "normal"
                 ax.text(j, i, text, ha="center", va="center", color="white" if dark else "black", weight=weight, size=8)
         ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])

@@ -13,6 +13,7 @@ from .figures import Figure
 from .runs import Unfinished
 from .table import Table
 
+FEW = 12  # sentences that a page begins with
 STYLE = """
 :root { color-scheme: light; --line: #ddd; --soft: #666; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -43,7 +44,7 @@ def write_page(
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>",
         f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>",
-        *(f"<p>{escape(sentence)}</p>" for sentence in said),
+        words(said),
         *(html_table(table) for table in tables[:1]),
         *(html_figure(figure, i) for i, figure in enumerate(figures)),
         *(html_table(table) for table in tables[1:]),
@@ -57,6 +58,13 @@ def write_page(
         "</body></html>\n",
     ]
     path.write_text("\n".join(parts))
+
+
+def words(said: Sequence[str]) -> str:
+    text = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+    if len(said) <= FEW:
+        return text
+    return f"<details><summary>{len(said)} comparisons in words</summary>{text}</details>"
 
 
 def html_table(table: Table) -> str:

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ema_nesterov.config import check, typed
+from ema_nesterov.errors import ConfigError
+from ema_nesterov.sweeps.cost import ASSUMED_MFU, PEAK, cost
+from ema_nesterov.sweeps.manifest import Sweep, freeze, open_sweep, sweep_folder
+from ema_nesterov.sweeps.plan import SweepFile, expand, merge, plan
+from ema_nesterov.sweeps.state import state_of, states
+from ema_nesterov.training.folder import claimed
+from ema_nesterov.training.identity import run_folder, run_hash
+from ema_nesterov.training.run import run
+from tests.conftest import ROOT, TINY, Refused, composed, read_metrics
+from tests.training.runs import at_step, stop
+
+CONFIGS = ROOT / "configs"
+SMALL = [o for o in TINY if not o.startswith("lookahead.")]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, sample: Path) -> Sweep:
+    """Frozen: the base and the lookahead, two seeds each, of ten steps."""
+    runs = plan(CONFIGS, [["lookahead=none,ema_nesterov", "seed=0,1"]], [*SMALL, f"dataset.path={sample}"])
+    return freeze(sweep_folder(tmp_path / "held", "a/b"), "a/b", SweepFile("A title", [], gpus=1), runs)
+
+
+# --- which runs -----------------------------------------------------------------------------------
+
+
+def test_a_command_line_stands_for_the_product_of_its_lists() -> None:
+    lines = list(expand(["experiment=a,b", "seed=range(0,2)", "optimizer.betas=[0.9,0.95]"]))
+    assert [line[:2] for line in lines] == [
+        [f"experiment={name}", f"seed={seed}"] for name in ("a", "b") for seed in (0, 1)
+    ]
+    assert {line[2] for line in lines} == {"optimizer.betas=[0.9,0.95]"}
+    assert merge(["steps=1", "seed=0,1"], ["seed=3,4"]) == ["steps=1", "seed=3,4"]
+
+
+def test_runs_are_those_of_train_py_and_one_that_stands_twice_is_one() -> None:
+    commands = [["experiment=quickstart/muon", "seed=0,1"], ["experiment=quickstart/muon", "seed=1", "log_every=3"]]
+    runs = plan(CONFIGS, commands, ["steps=20"])
+    folders = [run_folder(composed("experiment=quickstart/muon", "steps=20", f"seed={seed}")) for seed in (0, 1)]
+    assert [Path("runs") / run.id for run in runs] == folders
+
+
+@pytest.mark.parametrize("experiment", ["nanogpt_124m/soap_ema_nesterov", "nanogpt_162m/record30_lr_matched"])
+def test_a_frozen_config_is_the_composed_one(experiment: str) -> None:
+    for cfg in (composed(f"experiment={experiment}"), composed("dataset=c4_stream", "model=llama_60m", "seq_len=256")):
+        again = typed(json.loads(json.dumps(OmegaConf.to_container(cfg, resolve=True))))
+        check(again)
+        assert again == cfg
+        assert run_hash(again) == run_hash(cfg)
+
+
+@pytest.mark.parametrize("change", [{"stepz": 3}, {"model": {"architecture": "llama", "width": "wide"}}])
+def test_a_manifest_of_another_version_is_one_line(change: dict[str, object]) -> None:
+    plain = {**json.loads(json.dumps(OmegaConf.to_container(composed(), resolve=True))), **change}
+    with pytest.raises(ConfigError, match="of another version of the code"):
+        typed(plain)
+
+
+def test_what_is_frozen_does_not_follow_later_edits(sweep: Sweep, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "held").rename(moved)
+    again = open_sweep(moved / "sweeps" / "a" / "b")
+    assert [entry.id for entry in again.entries] == [entry.id for entry in sweep.entries]
+    assert {entry.folder.parents[2] for entry in again.entries} == {moved}
+    first = again.entries[0].cfg
+    assert (first.runs_dir, first.steps, first.lookahead.name) == (str(moved), 10, "none")
+    assert first.logger.tags == ["sweep:a/b"]
+    assert {"title", "git", "date", "gpus"} <= set(again.about)
+
+
+# --- how they stand -------------------------------------------------------------------------------
+
+
+def test_states_tell_what_remains(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished, preempted, killed, missing = sweep.entries
+    assert run(finished.cfg) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, stop)
+        assert run(preempted.cfg) == 85
+    killed.folder.mkdir(parents=True)
+    (killed.folder / "status.json").write_text(json.dumps({"status": "running", "step": 3, "message": ""}))
+    found = states(sweep)
+    assert [(s.name, s.step) for s in found] == [("finished", 10), ("preempted", 4), ("killed", 3), ("missing", 0)]
+    assert [s.remains for s in found] == [False, True, True, True]
+    assert "SIGTERM" in found[1].message
+    with claimed(killed.folder):  # as a training does
+        assert state_of(killed).name == "running"
+    assert state_of(missing, queued=True).name == "queued"
+    (killed.folder / "status.json").write_text(json.dumps({"status": "diverged", "step": 3, "message": "loss"}))
+    assert not state_of(killed).remains
+
+
+def test_a_run_costs_its_flops_at_the_rate_that_is_known(tmp_path: Path) -> None:
+    cfg = composed("experiment=nanogpt_124m/muon", "eval_every=0", "probe_every=0", "dataset.val_tokens=1024")
+    found = cost(cfg, tmp_path / "none.json")
+    assert found is not None
+    matrices = 12 * 12 * 768**2 + 50257 * 768
+    flops = 6200 * 524_288 * (6 * matrices + 12 * 12 * 768 * 1024)
+    assert found.training == pytest.approx(flops / (ASSUMED_MFU * PEAK) / 3600)
+    assert not found.measured
+    about = {"command": "python scripts/bench.py train experiment=nanogpt_124m/muon", "device": "1 x NVIDIA H100: ..."}
+    figures = {"tokens/s per device": 1e6}
+    (tmp_path / "some.json").write_text(json.dumps([{"benchmark": "train", "about": about, "figures": figures}]))
+    measured = cost(cfg, tmp_path / "some.json")
+    assert measured is not None
+    assert measured.measured
+    assert measured.training == pytest.approx(6200 * 524_288 / 1e6 / 3600)
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+def test_a_stopped_sweep_goes_on_and_repeats_nothing(tmp_path: Path, sample: Path) -> None:
+    """Two side by side; the second start finds one finished and one to go on with, in the same folders."""
+    script = [sys.executable, str(ROOT / "scripts" / "sweep.py")]
+    own = ["name=tiny", f"runs_dir={tmp_path}"]
+    overrides = [o for o in SMALL if not o.startswith("steps=")]
+    overrides += ["steps=10,100000", "lookahead=none", "schedule.decay_steps=0", f"dataset.path={sample}"]
+    overrides += ["dataset.max_epochs=10000", "checkpoint_every=0", "eval_every=0", "probe_every=0"]
+    command = [*script, "run", *own, "jobs=2", *overrides]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        end = time.monotonic() + 120
+        while (
+            not (tmp_path / "sweeps" / "tiny").exists()
+            or states(open_sweep(tmp_path / "sweeps" / "tiny"))[0].name != "finished"
+        ):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        long = open_sweep(tmp_path / "sweeps" / "tiny").entries[1]
+        while state_of(long).step < 5:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        process.send_signal(signal.SIGUSR1)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 85, said
+    assert "1 finished, 1 preempted" in said
+    assert not (long.folder / "STOP").exists()
+    lines = read_metrics(long.folder)
+
+    again = subprocess.Popen([*script, "run", *own], stdout=subprocess.PIPE, text=True)
+    while state_of(long).step <= lines[-1]["step"]:
+        assert time.monotonic() < end + 60
+        time.sleep(0.2)
+    again.send_signal(signal.SIGTERM)
+    assert "1 of 2 runs" in again.communicate(timeout=60)[0]
+    assert again.returncode == 85
+    assert read_metrics(long.folder)[: len(lines)] == lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("paln sweep=figure_4", "unknown command paln; type one of plan, run, submit, status, resubmit"),
+        ("plan", "sweep= is missing; type sweep=NAME"),
+        ("plan sweep=figure_44", "there is no sweep figure_44; did you mean sweep=figure_4?"),
+        ("plan name=a experiment=quickstart/muon,quickstart/moun", "did you mean experiment=quickstart/muon?"),
+        ("plan name=a seed=interval(0,1)", "seed=interval(0,1) is an interval; type values"),
+        ("plan name=a optimizer.lrr=1,2", "unknown key optimizer.lrr; did you mean optimizer.lr?"),
+        ("plan name=a steps=0", "steps=0 must be at least 1"),
+        ("status name=a runs_dir=RUNS", "this sweep has not begun; type run, submit or plan"),
+        ("submit name=a pack=0", "pack=0 must be at least 1"),
+        ("run name=a dataset=packaged dataset.path=x model=nanogpt_124m", "x does not exist; type python scripts/prepare"),
+        ("train name=a runs_dir=RUNS index=0", "has not begun"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_line(arguments: str, line: str, refused: Refused, tmp_path: Path) -> None:
+    refused("sweep.py", arguments.replace("RUNS", str(tmp_path)).split(), line)
+
+
+def test_other_runs_under_a_name_that_has_begun_are_refused(sweep: Sweep, refused: Refused) -> None:
+    own = [f"sweep={sweep.folder}"]
+    refused("sweep.py", ["status", *own, "seed=5"], "seed=5 changes nothing any more")
+    runs_dir = f"runs_dir={sweep.folder.parents[2]}"
+    refused("sweep.py", ["run", "name=a/b", runs_dir, "seed=5"], "has begun with other runs; leave seed=5 out to go on")
+    refused("sweep.py", ["submit", *own, "gpus=2", "pack=8"], "pack=8 packs runs of one GPU, these take 2; type gpus=1")
+
+
+def test_a_submission_is_an_array_of_what_remains(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import runpy
+
+    assert run(sweep.entries[1].cfg) == 0
+    capsys.readouterr()
+    options = ["pack=2", "throttle=3", "dry_run=true", "sbatch=--partition=gpu --time=1:00:00"]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "submit", f"sweep={sweep.folder}", *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "sweep.py"), run_name="__main__")
+    assert ended.value.code == 0
+    command, *tasks = capsys.readouterr().out.splitlines()
+    assert command.startswith("sbatch --parsable --array=0-1%3 --job-name=a/b")
+    assert "--gpus-per-node=2" in command
+    assert "--partition=gpu --time=1:00:00" in command
+    assert command.endswith(f"array.sbatch {sweep.folder} 0 1 2")
+    ids = [sweep.entries[i].id for i in (0, 2, 3)]
+    assert tasks == [f"task 0: {ids[0]}, {ids[1]}", f"task 1: {ids[2]}"]
+    assert not (sweep.folder / "submissions").exists()
+
+
+# --- the paper's ----------------------------------------------------------------------------------
+
+
+def test_every_sweep_of_the_paper_composes_and_its_page_is_up_to_date() -> None:
+    import runpy
+
+    page = runpy.run_path(str(ROOT / "scripts" / "paper.py"))["page"]()
+    assert (ROOT / "docs" / "paper.md").read_text() == page, "type python scripts/paper.py"
+    for figure in (
+        "Figures 2 and 8",
+        "Figure 4, left",
+        "Figure 4, right",
+        *(f"Figure {i}" for i in (5, 6, 7, 9, 10)),
+        "Table 2",
+    ):
+        assert f"\n## {figure}" in page
