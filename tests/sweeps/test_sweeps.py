@@ -171,7 +171,7 @@ def test_a_stopped_sweep_goes_on_and_repeats_nothing(tmp_path: Path, sample: Pat
         ("plan name=a steps=0", "steps=0 must be at least 1"),
         ("status name=a runs_dir=RUNS", "this sweep has not begun; type run, submit or plan"),
         ("submit name=a pack=0", "pack=0 must be at least 1"),
-        ("run name=a dataset=packaged dataset.path=x model=nanogpt_124m", "x does not exist; type python scripts/prepare"),
+        ("run name=a dataset=packaged dataset.path=x model=nanogpt_124m", "x does not exist; type python scripts"),
         ("train name=a runs_dir=RUNS index=0", "has not begun"),
     ],
 )  # fmt: skip
