@@ -1,7 +1,7 @@
 """Compare finished runs: python scripts/report.py sweep=NAME | runs=FOLDER [output=FOLDER] [title=TEXT]
 
 sweep   a sweep that has begun: its name below runs_dir (default runs), or its folder; figures as its file asks
-runs    a folder of run folders, or a list [A,B]
+runs    a folder of run folders, or a list [A,B] (default runs)
 
 Writes cells.md and .csv (a row a config, over its seeds), table.md and .csv (a row a run), pairwise.md and .csv,
 figures as PNG and SVG, and index.html, which holds all of it, into `output` (default: report/ inside the sweep's or
@@ -37,7 +37,7 @@ FEW, MANY = 6, 12  # runs that one figure can hold, sentences that are read in a
 @dataclass
 class Arguments:
     sweep: str | None = None
-    runs: Any = None
+    runs: Any = "runs"
     runs_dir: str = "runs"
     output: str | None = None
     title: str | None = None
@@ -55,7 +55,7 @@ def main() -> None:
         sweep = open_sweep(folder)
         (runs, others), title, wanted = runs_of(sweep), sweep.about["title"], sweep.about["figures"]
     else:
-        names = args.runs if isinstance(args.runs, list) else [args.runs or args.runs_dir]
+        names = args.runs if isinstance(args.runs, list) else [args.runs]
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"runs={args.runs} must be a folder, or a list [A,B] of them; quote a name of digits")
         (runs, others), title, wanted = find_runs([Path(name) for name in names]), "Lookahead or not", []

@@ -256,7 +256,7 @@ def hand_over(sweep: Sweep, args: Arguments) -> int:
     command = [
         *("sbatch", "--parsable", f"--array=0-{len(tasks) - 1}%{args.throttle}", f"--job-name={sweep.name}"),
         f"--output={sweep.folder}/logs/slurm-%A_%a.log",
-        *([f"--gpus-per-node={gpus * args.pack}", f"--cpus-per-task={8 * gpus * args.pack}"] if gpus else []),
+        *([f"--gpus-per-node={gpus * args.pack}", f"--cpus-per-task={4 * gpus * args.pack}"] if gpus else []),
         *shlex.split(args.sbatch),
         *(str(ARRAY), str(sweep.folder), str(number), str(gpus), str(args.pack)),
     ]

@@ -65,6 +65,7 @@ ARGUMENTS = [
     ("name=ünïcode", "cannot be read; quote it within the argument: \"name='ünïcode'\""),
     ("name='\"'", "cannot be read; quote it"),
     ("'name=a\nb'", "cannot be read; quote it within the argument: \"name='ab'\""),
+    ("sweep=figure_4", "sweep= belongs to another script; type python scripts/sweep.py run sweep=NAME"),
     ("steps=1,2", "steps=1,2 gives several values; type one, or --multirun behind all"),
     # keys
     ("stpes=3", "unknown key stpes; did you mean steps?"),
@@ -329,7 +330,7 @@ def test_a_wrong_preparation(command: str, line: str, refused: Refused, tmp_path
 
 
 REPORT: list[tuple[str, dict[str, str], str]] = [
-    ("runs", {}, "'runs' is not KEY=VALUE; the keys are runs, output, title"),
+    ("runs", {}, "'runs' is not KEY=VALUE; the keys are sweep, "),
     ("runz=x", {}, "unknown key runz; did you mean runs?"),
     ("runs=nowhere", {}, "nowhere does not exist; type runs=FOLDER"),
     ("runs=", {}, "runs=None must be a folder, or a list [A,B]"),

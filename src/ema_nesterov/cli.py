@@ -281,6 +281,8 @@ def unknown_key(key: str, configs: Path) -> str:
             cfg = compose("train", [o for o in overrides() if key_of(o) != key])
         except (HydraException, OmegaConfBaseException):
             cfg = compose("train")
+    if key == "sweep":
+        return "sweep= belongs to another script; type python scripts/sweep.py run sweep=NAME"
     groups = [p.name for p in configs.iterdir() if p.is_dir()]
     valid, group = [*keys(cfg), *groups], key.partition(".")[0]
     if key in groups:
