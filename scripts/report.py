@@ -1,12 +1,14 @@
-"""Compare finished runs: python scripts/report.py sweep=NAME | runs=FOLDER [output=FOLDER] [title=TEXT]
+"""Compare finished runs: python scripts/report.py sweep=NAME | runs=FOLDER | wandb=ENTITY/PROJECT [output=FOLDER]
 
 sweep   a sweep that has begun: its name below runs_dir (default runs), or its folder; figures as its file asks
 runs    a folder of run folders, or a list [A,B] (default runs)
+wandb   the runs of a W&B project; with sweep=NAME those of that sweep, which need not be on this disk. They are fetched
+        into run folders in `output`/wandb, finished ones once
 
 Writes cells.md and .csv (a row a config, over its seeds), table.md and .csv (a row a run), pairwise.md and .csv,
 figures as PNG and SVG, and index.html, which holds all of it, into `output` (default: report/ inside the sweep's or
-the first folder). Runs that are missing, failed or diverged are named. Published numbers (docs/paper_results.yaml)
-stand beside those of runs that repeat them.
+the first folder; with wandb= report/). Runs that are missing, failed or diverged are named. Published numbers
+(docs/paper_results.yaml) stand beside those of runs that repeat them. title= names the page.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from ema_nesterov.cli import arguments, guard
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.reporting.cells import cells_of, comparisons_of
 from ema_nesterov.reporting.figures import Data, draw_all
+from ema_nesterov.reporting.from_wandb import fetch
 from ema_nesterov.reporting.page import write_page
 from ema_nesterov.reporting.published import load_published, published_for
 from ema_nesterov.reporting.runs import find_runs, runs_of
-from ema_nesterov.reporting.table import Table, table_of_cells, table_of_pairs, table_of_runs, verdicts
+from ema_nesterov.reporting.table import SHORT, Table, table_of_cells, table_of_pairs, table_of_runs, verdicts
 from ema_nesterov.sweeps.manifest import is_frozen, open_sweep, sweep_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +41,7 @@ FEW, MANY = 6, 12  # runs that one figure can hold, sentences that are read in a
 class Arguments:
     sweep: str | None = None
     runs: Any = "runs"
+    wandb: str | None = None
     runs_dir: str = "runs"
     output: str | None = None
     title: str | None = None
@@ -46,7 +50,11 @@ class Arguments:
 def main() -> None:
     args = arguments(Arguments, __doc__)
     wanted: list[dict[str, Any]]
-    if args.sweep:
+    if args.wandb is not None:
+        folder = Path()
+        (runs, others), wanted = find_runs(fetch(args.wandb, args.sweep, Path(args.output or "report"))), []
+        title = f"{args.wandb}, sweep {args.sweep}" if args.sweep else args.wandb
+    elif args.sweep:
         folder = Path(args.sweep) if is_frozen(Path(args.sweep)) else sweep_folder(Path(args.runs_dir), args.sweep)
         if not is_frozen(folder):
             raise ConfigError(
@@ -85,11 +93,11 @@ def main() -> None:
 
 def show(table: Table, title: str) -> None:
     printed = Printed(title=title, box=SIMPLE_HEAD)
-    for column in table.columns:
-        left = column in ("run", "config")
-        printed.add_column(column, justify="left" if left else "right", no_wrap=left)
+    shown = SHORT if table.name == "cells" else range(len(table.columns))
+    for i in shown:
+        printed.add_column(table.columns[i], justify="right" if i else "left", no_wrap=not i)
     for row in table.rows:
-        printed.add_row(*row)
+        printed.add_row(*(row[i] for i in shown))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(printed)
     console.print(f"{table.legend}\n", highlight=False)

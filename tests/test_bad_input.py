@@ -353,7 +353,7 @@ REPORT: list[tuple[str, dict[str, str], str]] = [
 def test_a_wrong_report(command: str, files: dict[str, str], line: str, refused: Refused, tmp_path: Path) -> None:
     good = {
         "status.json": '{"status": "finished", "step": 1, "message": "", "exit_code": 0}',
-        "config.yaml": "name: a\nseed: 0\nlookahead: {name: none}\n",
+        "config.yaml": "name: a\nseed: 0\nlookahead: {name: none}\nschedule: {}\n",
         "metrics.jsonl": '{"step": 1, "val/loss": 3.0}\n',
     }
     (tmp_path / "r").mkdir()

@@ -109,7 +109,7 @@ def test_seeds_are_paired_and_averaged(seeds: Path) -> None:
     assert [(cell.name, len(cell.runs)) for cell in cells] == [
         *(("study/none", 3), ("study/ema_nesterov", 3), ("study/lr_matched", 3)),
     ]
-    ema, control = comparisons
+    ema, beyond, control = comparisons
     assert ema.difference is not None
     assert ema.difference.mean == pytest.approx(-0.2)
     assert ema.difference.sd == pytest.approx(0.1)
@@ -119,6 +119,9 @@ def test_seeds_are_paired_and_averaged(seeds: Path) -> None:
     assert ema.saved == [pytest.approx((5, 5 * 16 * 256, 1.0))] * 3
     assert control.difference is not None
     assert control.difference.mean == pytest.approx(0.05)
+    assert beyond.is_control
+    assert beyond.difference is not None
+    assert beyond.difference.mean == pytest.approx(-0.25)
     (base, first, second) = table_of_cells(cells, comparisons, {}).rows
     assert base[:4] == ["study/none", "3", "4.1000 ± 0.1000", "3.8516 to 4.3484"]
     assert first[7:12] == [
@@ -128,8 +131,10 @@ def test_seeds_are_paired_and_averaged(seeds: Path) -> None:
         "0.02048M",
         "1 s",
     ]
-    assert second[9:] == ["not reached", "-", "-", "-"]
-    won, lost = verdicts(comparisons)
+    assert first[12:] == ["-0.2500 ± 0.1000", f"{-0.25 - half:+.4f} to {-0.25 + half:+.4f}", "-"]
+    assert second[9:] == ["not reached", "-", "-", "-", "-", "-"]
+    won, more, lost = verdicts(comparisons)
+    assert "0.2500 nats ahead of its control, study/lr_matched, the mean of 3 seeds" in more
     assert "0 is inside, so it may be chance" in won
     assert "in 3 of 3 seeds" in won
     assert "0.0500 nats behind study/none" in lost

@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..config import typed
+from ..errors import ConfigError
 from ..training.identity import changed
 from .runs import Run
 
@@ -87,16 +88,24 @@ class Cell:
 
 
 def settings(run: Run) -> dict[str, Any]:
-    return dict(changed(typed(OmegaConf.to_container(run.config))))  # type: ignore[arg-type]
+    """Raises ConfigError for a run of another version of the code."""
+    try:
+        return dict(changed(typed(OmegaConf.to_container(run.config))))  # type: ignore[arg-type]
+    except ConfigError as e:
+        raise ConfigError(f"{run.folder}: {e}; take it away") from None
 
 
 @dataclass
 class Comparison:
-    """A cell against its base."""
+    """A cell against its base, or a lookahead against its control, the base at its learning rate."""
 
     cell: Cell
     base: Cell
     pairs: list[tuple[Run, Run]]  # of the same seed
+
+    @property
+    def is_control(self) -> bool:
+        return not self.base.is_base
 
     @property
     def same_length(self) -> bool:
@@ -144,14 +153,22 @@ def cells_of(runs: Sequence[Run]) -> list[Cell]:
 
 def comparisons_of(cells: Sequence[Cell]) -> list[Comparison]:
     """Each cell that is no base against the one that differs in the lookahead alone; where there is none, or beside
-    it, against those of another length."""
+    it, against those of another length; and a lookahead against its control."""
     found = []
     for cell in (cell for cell in cells if not cell.is_base):
         bases = [base for base in cells if base.is_base and problem(base) == problem(cell)]
-        for base in sorted(bases, key=lambda base: base.first.conditions != cell.first.conditions):
+        bases.sort(key=lambda base: base.first.conditions != cell.first.conditions)
+        for base in [*bases, *(other for other in cells if controls(other, cell))]:
             pairs = [(run, other) for run in cell.runs for other in base.runs if run.config.seed == other.config.seed]
             found.append(Comparison(cell, base, pairs))
     return found
+
+
+def controls(cell: Cell, lookahead: Cell) -> bool:
+    """Whether this is the base at the learning rate of that lookahead."""
+    alpha = lookahead.first.config.lookahead.get("alpha")
+    same = cell.first.conditions == lookahead.first.conditions
+    return same and alpha is not None and not cell.first.has_lookahead and cell.first.matched_alpha == alpha
 
 
 def problem(cell: Cell) -> dict[str, Any]:

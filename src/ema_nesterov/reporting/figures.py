@@ -122,8 +122,7 @@ def families(cells: list[Cell]) -> list[list[Cell]]:
 def colors(family: list[Cell]) -> Iterator[tuple[Cell, Any]]:
     rest = iter(COLORS * len(family))
     for cell in family:
-        matched = cell.first.config.schedule.get("matched_alpha")
-        yield cell, BASE if cell.is_base else CONTROL if matched else next(rest)
+        yield cell, BASE if cell.is_base else CONTROL if cell.first.matched_alpha else next(rest)
 
 
 def about(family: list[Cell]) -> str:
@@ -161,7 +160,7 @@ def curves(data: Data, x: str = "step", metric: str = "val/loss") -> Drawn:
 
 
 def differences(data: Data) -> Drawn:
-    shown = [c for c in data.comparisons if c.same_length and c.pairs]
+    shown = [c for c in data.comparisons if c.same_length and c.pairs and not c.is_control]
     grouped = [
         kept
         for family in families(data.cells)
@@ -231,7 +230,7 @@ def grid(data: Data, name: str, rows: str, columns: str, panels_: str | None = N
     ys, xs = (sorted({value(cfg, key) for cfg in every}) for key in (rows, columns))
     losses = {place(c.first.config, rows, columns, panels_): c.perplexity("val/loss") for c in held}
     means = {key: p.mean for key, p in losses.items() if p is not None}
-    base = next((c.base.perplexity("val/loss") for c in data.comparisons if c.cell in held), None)
+    base = next((c.base.perplexity("val/loss") for c in data.comparisons if c.cell in held and not c.is_control), None)
     drawing, axes = panels(len(slices), height=1.4 + 0.45 * len(ys))
     low, high = min(means.values()), max(means.values())
     best = min(means, key=lambda key: means[key])

@@ -49,7 +49,12 @@ class Run:
     @property
     def is_base(self) -> bool:
         """Neither a lookahead nor the control of one."""
-        return not self.has_lookahead and not self.config.schedule.get("matched_alpha")
+        return not self.has_lookahead and not self.matched_alpha
+
+    @property
+    def matched_alpha(self) -> float:
+        """Of the control of a lookahead: the alpha that its learning rate goes with; else 0."""
+        return self.config.schedule.get("matched_alpha") or 0.0
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def open_run(folder: Path) -> Run | Unfinished:
         if status["status"] != "finished":
             return Unfinished(folder, f"{status['status']} at step {status['step']} {status['message']}".strip())
         run = Run(folder, load_config(folder), status, read_metrics(folder / "metrics.jsonl"))
-        losses = run.curve("val/loss")[1]
+        losses, _ = run.curve("val/loss")[1], (run.is_base, run.conditions)  # what is not there is told now
     except UserError:
         raise
     except Exception as e:  # what parsers raise, and what follows from a key that is not there

@@ -18,8 +18,9 @@ RUNS = (
 )
 CELLS = (
     *("config", "seeds", "loss x", "95%", "ppl x", "ppl y", "ppl e", "loss - base", "95%", "steps saved"),
-    *("tokens saved", "time saved", "published ppl x"),
+    *("tokens saved", "time saved", "loss - control", "95%", "published ppl x"),
 )
+SHORT = (0, 1, 2, 7, 8, 9, 12, 14)  # of these, what a terminal has room for
 PAIRWISE = ("config", "base", "steps", "base's steps", "score", "0.004 or more")
 LEGEND = (
     "Perplexity (ppl) and bits per byte at the end of each run, on its fixed validation tokens: at the iterate x, at "
@@ -30,7 +31,9 @@ LEGEND = (
 SEEDS = (
     "Mean and standard deviation over seeds, and the interval that holds the mean with 95% confidence. loss - base is "
     "the mean of paired differences, seed by seed. Saved is the mean over the seeds that reached their base's final "
-    "loss; time is the clock's, evaluations included. (other length): the base took another number of steps."
+    "loss; time is the clock's, evaluations included. (other length): the base took another number of steps. The "
+    "control is the base alone with the learning rate times 1 / (1 - alpha): the difference to it is what the lookahead "
+    "gains beyond a larger step."
 )
 RULE = (
     "The pairwise rule of modded-nanogpt's optimization track: (loss of the base - loss + 0.0045 (steps of the base - "
@@ -88,28 +91,34 @@ def share(saved: float, total: float) -> str:
 def table_of_cells(cells: list[Cell], comparisons: list[Comparison], published: dict[int, Published]) -> Table:
     rows = []
     for i, cell in enumerate(cells):
-        first = next((c for c in comparisons if c.cell is cell), None)
+        mine = [c for c in comparisons if c.cell is cell]
+        base, control = (next((c for c in mine if c.is_control == wanted), None) for wanted in (False, True))
         loss = cell.final("val/loss")
         assert loss is not None  # runs without one are not counted
         points = [cell.perplexity(key) for key in ("val/loss", "val/lookahead_loss", "val/ema_loss")]
         row = [cell.label, str(len(cell.runs)), spread(loss, 4), interval(loss), *(spread(p, 2) for p in points)]
-        rows.append([*row, *_against(first), str(published.get(i, "-"))])
+        rows.append([*row, *_against(base), *_difference(control), str(published.get(i, "-"))])
     return Table("cells", "Over seeds", CELLS, rows, SEEDS)
 
 
 def _against(comparison: Comparison | None) -> list[str]:
-    difference = comparison.difference if comparison else None
-    if comparison is None or difference is None:
-        return ["-"] * 5
-    other = "" if comparison.same_length else " (other length)"
-    told = [spread(difference, 4, sign=True) + other, interval(difference, sign=True)]
+    told = _difference(comparison)
+    if comparison is None or not comparison.pairs:
+        return [*told, "-", "-", "-"]
     if not comparison.saved:
         return [*told, "not reached", "-", "-"]
     steps, tokens, seconds = (Statistic(values) for values in zip(*comparison.saved, strict=True))
-    base = comparison.base.first
-    few = "" if len(comparison.saved) == len(comparison.pairs) else f", {steps.n} of {len(comparison.pairs)} seeds"
-    total = base.status["step"]
+    few = "" if steps.n == len(comparison.pairs) else f", {steps.n} of {len(comparison.pairs)} seeds"
+    total = comparison.base.first.status["step"]
     return [*told, share(steps.mean, total) + few, f"{tokens.mean / 1e6:,.4g}M", duration(seconds.mean)]
+
+
+def _difference(comparison: Comparison | None) -> list[str]:
+    difference = comparison.difference if comparison else None
+    if comparison is None or difference is None:
+        return ["-", "-"]
+    other = "" if comparison.same_length else " (other length)"
+    return [spread(difference, 4, sign=True) + other, interval(difference, sign=True)]
 
 
 def spread(statistic: Statistic | None, digits: int, sign: bool = False) -> str:
@@ -143,17 +152,18 @@ def table_of_pairs(comparisons: list[Comparison]) -> Table:
 
 def verdicts(comparisons: list[Comparison]) -> list[str]:
     """What came out, in a sentence or two for each cell that has a base."""
-    sentences, told = [], set[int]()
+    sentences, told = [], set[tuple[int, bool]]()
     for c in comparisons:
-        if id(c.cell) in told:
+        if (id(c.cell), c.is_control) in told:  # another base, of another length
             continue
-        told.add(id(c.cell))
+        told.add((id(c.cell), c.is_control))
         difference = c.difference
         if difference is None:
             sentences.append(f"{c.cell.label} has no seed in common with {c.base.label}: nothing can be said.")
             continue
         side = "ahead of" if difference.mean < 0 else "behind"
-        text = f"{c.cell.label} ended {abs(difference.mean):.4f} nats {side} {c.base.label}"
+        its = "its control, " if c.is_control else ""
+        text = f"{c.cell.label} ended {abs(difference.mean):.4f} nats {side} {its}{c.base.label}"
         if not c.same_length:
             text += f" of {c.base.first.status['step']} steps, with {c.cell.first.status['step']}"
         if difference.interval is None:
@@ -162,7 +172,7 @@ def verdicts(comparisons: list[Comparison]) -> list[str]:
             low, high = difference.interval
             clear = "0 is outside" if low > 0 or high < 0 else "0 is inside, so it may be chance"
             text += f", the mean of {difference.n} seeds; 95% interval {low:+.4f} to {high:+.4f}: {clear}."
-        sentences.append(f"{text} {_reached(c)}")
+        sentences.append(text if c.is_control else f"{text} {_reached(c)}")
     return sentences
 
 
