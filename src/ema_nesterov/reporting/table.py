@@ -17,10 +17,10 @@ RUNS = (
     *("ppl e", "bits/byte e", "loss - base", "steps saved"),
 )
 CELLS = (
-    *("config", "seeds", "loss x", "95%", "ppl x", "ppl y", "ppl e", "loss - base", "95%", "steps saved"),
-    *("tokens saved", "time saved", "loss - control", "95%", "published ppl x"),
+    *("config", "seeds", "loss x", "95%", "ppl x", "published", "loss - base", "95%", "steps saved"),
+    *("loss - control", "95%", "tokens saved", "time saved", "ppl y", "ppl e"),
 )
-SHORT = (0, 1, 2, 7, 8, 9, 12, 14)  # of these, what a terminal has room for
+SHORT = (0, 1, 2, 4, 5, 6, 7, 8, 9)  # of these, what a terminal has room for
 PAIRWISE = ("config", "base", "steps", "base's steps", "score", "0.004 or more")
 LEGEND = (
     "Perplexity (ppl) and bits per byte at the end of each run, on its fixed validation tokens: at the iterate x, at "
@@ -32,14 +32,17 @@ SEEDS = (
     "Mean and standard deviation over seeds, and the interval that holds the mean with 95% confidence. loss - base is "
     "the mean of paired differences, seed by seed. Saved is the mean over the seeds that reached their base's final "
     "loss; time is the clock's, evaluations included. (other length): the base took another number of steps. The "
-    "control is the base alone with the learning rate times 1 / (1 - alpha): the difference to it is what the lookahead "
-    "gains beyond a larger step."
+    "control is the base alone with the learning rate times 1 / (1 - alpha): the difference to it is what the "
+    "lookahead gains beyond a larger step. published: perplexity at x, of the paper or the public benchmark."
 )
 RULE = (
     "The pairwise rule of modded-nanogpt's optimization track: (loss of the base - loss + 0.0045 (steps of the base - "
     "steps) / 100) / sqrt(1/n + 1/n of the base) is at least 0.004. Its constants were measured on NanoGPT 162M and "
     "mean little elsewhere."
 )
+
+
+POINTS = ("val/loss", "val/lookahead_loss", "val/ema_loss")  # at x, y and e
 
 
 @dataclass
@@ -49,11 +52,17 @@ class Table:
     columns: Sequence[str]
     rows: list[list[str]]
     legend: str
+    data: list[dict[str, object]] | None = None  # what its CSV file holds instead: the same, unrounded
 
     def write(self, folder: Path) -> None:
         """name.md and name.csv."""
         with open(folder / f"{self.name}.csv", "w", newline="") as f:
-            csv.writer(f).writerows([self.columns, *self.rows])
+            if self.data is None:
+                csv.writer(f).writerows([self.columns, *self.rows])
+            else:
+                writer = csv.DictWriter(f, list(dict.fromkeys(key for row in self.data for key in row)))
+                writer.writeheader()
+                writer.writerows(self.data)
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         (folder / f"{self.name}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
@@ -70,7 +79,7 @@ def _run(run: Run, base: Run | None) -> list[str]:
     last = run.final
     bits = last["val/bits_per_byte"] / last["val/loss"] if "val/bits_per_byte" in last else None
     cells = [run.name, str(run.config.seed), str(run.status["step"])]
-    for key in ("val/loss", "val/lookahead_loss", "val/ema_loss"):
+    for key in POINTS:
         loss = last.get(key)
         cells.append("-" if loss is None else f"{math.exp(loss):.2f}")
         cells.append("-" if loss is None or bits is None else f"{loss * bits:.4f}")
@@ -95,22 +104,50 @@ def table_of_cells(cells: list[Cell], comparisons: list[Comparison], published: 
         base, control = (next((c for c in mine if c.is_control == wanted), None) for wanted in (False, True))
         loss = cell.final("val/loss")
         assert loss is not None  # runs without one are not counted
-        points = [cell.perplexity(key) for key in ("val/loss", "val/lookahead_loss", "val/ema_loss")]
-        row = [cell.label, str(len(cell.runs)), spread(loss, 4), interval(loss), *(spread(p, 2) for p in points)]
-        rows.append([*row, *_against(base), *_difference(control), str(published.get(i, "-"))])
-    return Table("cells", "Over seeds", CELLS, rows, SEEDS)
+        at_x, at_y, at_e = (spread(cell.perplexity(key), 2) for key in POINTS)
+        start = [cell.label, str(len(cell.runs)), spread(loss, 4), interval(loss), at_x, str(published.get(i, "-"))]
+        steps, *saved = _saved(base)
+        rows.append([*start, *_difference(base), steps, *_difference(control), *saved, at_y, at_e])
+    data = [_numbers(cell, comparisons, published.get(i)) for i, cell in enumerate(cells)]
+    return Table("cells", "Over seeds", CELLS, rows, SEEDS, data)
 
 
-def _against(comparison: Comparison | None) -> list[str]:
-    told = _difference(comparison)
+def _numbers(cell: Cell, comparisons: list[Comparison], entry: Published | None) -> dict[str, object]:
+    """The same unrounded, for cells.csv."""
+    numbers: dict[str, object] = {"config": cell.label, "seeds": len(cell.runs), "steps": cell.first.status["step"]}
+    for name, key in zip(("loss_x", "loss_y", "loss_e"), POINTS, strict=True):
+        numbers |= _spelt(name, cell.final(key))
+        perplexity = cell.perplexity(key)
+        numbers[name.replace("loss", "ppl")] = perplexity and perplexity.mean
+    for name, wanted in (("base", False), ("control", True)):
+        c = next((c for c in comparisons if c.cell is cell and c.is_control == wanted), None)
+        numbers |= {name: c and c.base.label, f"{name}_pairs": c and len(c.pairs)}
+        numbers |= _spelt(f"loss_less_{name}", c.difference if c else None)
+        if c is not None and not wanted:
+            means: list[float | None] = [Statistic(v).mean for v in zip(*c.saved, strict=True)] or [None] * 3
+            numbers |= dict(zip(("steps_saved", "tokens_saved", "seconds_saved"), means, strict=True))
+            numbers |= {"seeds_that_reached_base": len(c.saved), "pairwise_score": c.pairwise}
+    if entry is not None:
+        numbers |= {"published_loss": entry.loss, "published_ppl": entry.perplexity, "published_in": entry.source}
+    return numbers
+
+
+def _spelt(name: str, statistic: Statistic | None) -> dict[str, object]:
+    low, high = (statistic and statistic.interval) or (None, None)
+    mean, sd = (statistic.mean, statistic.sd) if statistic else (None, None)
+    return {name: mean, f"{name}_sd": sd, f"{name}_low": low, f"{name}_high": high}
+
+
+def _saved(comparison: Comparison | None) -> list[str]:
+    """Steps, tokens, time."""
     if comparison is None or not comparison.pairs:
-        return [*told, "-", "-", "-"]
+        return ["-", "-", "-"]
     if not comparison.saved:
-        return [*told, "not reached", "-", "-"]
+        return ["not reached", "-", "-"]
     steps, tokens, seconds = (Statistic(values) for values in zip(*comparison.saved, strict=True))
     few = "" if steps.n == len(comparison.pairs) else f", {steps.n} of {len(comparison.pairs)} seeds"
     total = comparison.base.first.status["step"]
-    return [*told, share(steps.mean, total) + few, f"{tokens.mean / 1e6:,.4g}M", duration(seconds.mean)]
+    return [share(steps.mean, total) + few, f"{tokens.mean / 1e6:,.4g}M", duration(seconds.mean)]
 
 
 def _difference(comparison: Comparison | None) -> list[str]:
