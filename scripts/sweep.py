@@ -136,6 +136,10 @@ def frozen(args: Arguments, overrides: list[str]) -> Sweep:
     return open_sweep(folder)
 
 
+def frozen_at(sweep: Sweep) -> str:
+    return f"frozen on {sweep.about['date']} at git revision {sweep.about['git'][:12]}"
+
+
 def require_data(runs: list[Planned]) -> None:
     """Raise ConfigError, before anything is queued, for a dataset that is not there."""
     for cfg in (run.cfg for run in runs):
@@ -153,7 +157,7 @@ def show_plan(args: Arguments, overrides: list[str]) -> None:
     folder, _ = folder_of(args)
     if is_frozen(folder):
         sweep = open_sweep(folder)
-        print(f"{sweep.about['title']}\nfrozen on {sweep.about['date']} at git revision {sweep.about['git']}: {folder}")
+        print(f"{sweep.about['title']}\n{folder}, {frozen_at(sweep)}")
         entries, gpus = sweep.entries, sweep.about["gpus"]
     else:
         file, runs = planned(args, overrides)
@@ -204,7 +208,7 @@ def run(args: Arguments, overrides: list[str]) -> int:
     apart = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)] if each else [[]]
     count = args.jobs or len(apart)  # more than there are GPUs share them
     slots = [apart[i % len(apart)] for i in range(count)]
-    print(f"{len(todo)} of {len(wanted)} runs, {count} at a time: {sweep.folder}", flush=True)
+    print(f"{len(todo)} of {len(wanted)} runs, {count} at a time: {sweep.folder}, {frozen_at(sweep)}", flush=True)
     code = launch(Path(__file__).resolve(), sweep, todo, slots, lambda line: print(line, flush=True))
     print(summary([state_of(entry) for entry in wanted.values()]))
     return code
