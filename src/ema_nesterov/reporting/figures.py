@@ -301,15 +301,13 @@ def positions(data: Data) -> Drawn:
     held = [cell for cell in data.cells if stages(cell.first)]
     if not held:
         return None
-    drawing, axes = panels(2 * len(held)) if len(held) == 1 else panels(2 * len(held), height=3)
-    if len(held) > 1:
-        plt.close(drawing)
-        drawing, grid_ = plt.subplots(
-            len(held), 2, figsize=(2 * WIDTH, 3 * len(held)), layout="constrained", squeeze=False
-        )
-        axes = list(grid_.flat)
-    for i, cell in enumerate(held):
-        for ax, (stage, step) in zip(axes[2 * i :], stages(cell.first).items(), strict=False):
+    size = (2 * WIDTH, 3 * len(held))
+    drawing, axes = plt.subplots(len(held), 2, figsize=size, layout="constrained", squeeze=False)
+    for row, cell in zip(axes, held, strict=True):
+        for ax, (stage, step) in zip_longest(row, stages(cell.first).items(), fillvalue=("", 0)):
+            if not stage:
+                ax.set_axis_off()
+                continue
             ax.axhline(0, color="black", lw=0.8)
             ax.axvline(0, color="black", lw=0.8)
             for direction, color, style, name in (
