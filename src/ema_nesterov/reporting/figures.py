@@ -304,10 +304,10 @@ def positions(data: Data) -> Drawn:
     size = (2 * WIDTH, 3 * len(held))
     drawing, axes = plt.subplots(len(held), 2, figsize=size, layout="constrained", squeeze=False)
     for row, cell in zip(axes, held, strict=True):
-        for ax, (stage, step) in zip_longest(row, stages(cell.first).items(), fillvalue=("", 0)):
-            if not stage:
-                ax.set_axis_off()
-                continue
+        found = list(stages(cell.first).items())
+        for spare in row[len(found) :]:
+            spare.set_axis_off()
+        for ax, (stage, step) in zip(row, found, strict=False):
             ax.axhline(0, color="black", lw=0.8)
             ax.axvline(0, color="black", lw=0.8)
             for direction, color, style, name in (
