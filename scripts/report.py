@@ -32,8 +32,10 @@ from ema_nesterov.reporting.published import load_published, published_for
 from ema_nesterov.reporting.runs import find_runs, runs_of
 from ema_nesterov.reporting.table import SHORT, Table, table_of_cells, table_of_pairs, table_of_runs, verdicts
 from ema_nesterov.sweeps.manifest import is_frozen, open_sweep, sweep_folder
+from ema_nesterov.sweeps.plan import open_sweep_file, sweep_names
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS, RESULTS = ROOT / "configs", ROOT / "docs" / "paper_results.yaml"
 FEW, MANY = 6, 12  # runs that one figure can hold, sentences that are read in a terminal
 
 
@@ -54,6 +56,8 @@ def main() -> None:
         folder = Path()
         (runs, others), wanted = find_runs(fetch(args.wandb, args.sweep, Path(args.output or "report"))), []
         title = f"{args.wandb}, sweep {args.sweep}" if args.sweep else args.wandb
+        if args.sweep in sweep_names(CONFIGS):
+            title, wanted = (file := open_sweep_file(CONFIGS, args.sweep)).title, file.figures
     elif args.sweep:
         folder = Path(args.sweep) if is_frozen(Path(args.sweep)) else sweep_folder(Path(args.runs_dir), args.sweep)
         if not is_frozen(folder):
@@ -75,7 +79,7 @@ def main() -> None:
         raise ConfigError(f"cannot write {output}: {e.strerror}; type output=FOLDER") from None
     cells = cells_of(runs)
     comparisons = comparisons_of(cells)
-    published = published_for(cells, load_published(ROOT / "docs" / "paper_results.yaml"), ROOT / "configs")
+    published = published_for(cells, load_published(RESULTS), CONFIGS)
     seeds, each = table_of_cells(cells, comparisons, published), table_of_runs(runs)
     tables = [seeds, each, *([table_of_pairs(comparisons)] if comparisons else [])]
     for table in tables:

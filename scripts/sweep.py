@@ -33,6 +33,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from ema_nesterov.errors import ConfigError
 from ema_nesterov.sweeps.manifest import Entry, Sweep, freeze, is_frozen, open_sweep, same, sweep_folder
 from ema_nesterov.sweeps.plan import Planned, SweepFile, open_sweep_file, plan, split
 from ema_nesterov.sweeps.state import OVER, State, state_of, states, submissions
+from ema_nesterov.training.folder import DIVERGED, FINISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS, BENCHMARKS, ARRAY = ROOT / "configs", ROOT / "docs" / "benchmarks.json", ROOT / "slurm" / "array.sbatch"
@@ -155,40 +157,36 @@ def require_data(runs: list[Planned]) -> None:
 
 def show_plan(args: Arguments, overrides: list[str]) -> None:
     folder, _ = folder_of(args)
+    runs: Sequence[Planned | Entry]
     if is_frozen(folder):
         sweep = open_sweep(folder)
         print(f"{sweep.about['title']}\n{folder}, {frozen_at(sweep)}")
-        entries, gpus = sweep.entries, sweep.about["gpus"]
+        runs, gpus, runs_dir = sweep.entries, sweep.about["gpus"], sweep.runs_dir
     else:
         file, runs = planned(args, overrides)
+        gpus, runs_dir = file.gpus, Path(args.runs_dir)
         print(f"{file.title}\nnot begun: run or submit would freeze it in {folder}")
         for line in file.unknown:
             print(f"not in the paper: {line}")
-        plain = [Entry(i, run.id, run.overrides, {}, Path(args.runs_dir)) for i, run in enumerate(runs)]
-        for entry, run in zip(plain, runs, strict=True):
-            entry.__dict__["cfg"] = run.cfg
-        entries, gpus = plain, file.gpus
     from ema_nesterov.sweeps.cost import ASSUMED_MFU, cost  # here, as it loads torch
 
     table = Table(box=SIMPLE_HEAD)
     for column in ("", "run", "settings", "state", "GPU-hours"):
         table.add_column(column, justify="right" if column in ("", "GPU-hours") else "left", overflow="fold")
-    costs = [cost(entry.cfg, BENCHMARKS) for entry in entries]
-    standing = [state_of(entry) for entry in entries]
-    for entry, state, price in zip(entries, standing, costs, strict=True):
-        hours = f"{price.hours:.3g}" if price else "?"
-        table.add_row(str(entry.index), entry.id, " ".join(entry.overrides), state.name, hours)
+    costs, standing = [cost(run.cfg, BENCHMARKS) for run in runs], [state_of(runs_dir / run.id) for run in runs]
+    for i, run in enumerate(runs):
+        hours = f"{price.hours:.3g}" if (price := costs[i]) else "?"
+        table.add_row(str(i), run.id, " ".join(run.overrides), standing[i].name, hours)
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     console.print(table)
     known = [price for price in costs if price]
     left = sum(price.hours for price, state in zip(costs, standing, strict=True) if price and state.name not in OVER)
     total, validation = sum(price.hours for price in known), sum(price.validation for price in known)
-    rates = "rates of docs/benchmarks.json" if known and all(price.measured for price in known) else (
-        f"assuming {ASSUMED_MFU:.0%} MFU, as docs/benchmarks.json has no figure of a GPU for it"
-    )  # fmt: skip
+    measured = known and all(price.measured for price in known)
+    rates = "rates" if measured else f"assuming {ASSUMED_MFU:.0%} MFU, as there is no figure of a GPU for each model"
     console.print(
-        f"{len(entries)} runs of {gpus} GPUs, {total:.3g} GPU-hours, {validation:.3g} of them validation; "
-        f"{left:.3g} remain ({rates})"
+        f"{len(runs)} runs of {gpus} GPUs, {total:.3g} GPU-hours, {validation:.3g} of them validation; "
+        f"{left:.3g} remain ({rates} in docs/benchmarks.json)"
     )
 
 
@@ -196,11 +194,12 @@ def run(args: Arguments, overrides: list[str]) -> int:
     from ema_nesterov.sweeps.launch import launch, visible_gpus
 
     sweep = begun(args, overrides)
-    wanted = {state.index: state for state in of_task(sweep, args)}
-    todo = [e for e in wanted.values() if state_of(e).remains or (args.diverged and state_of(e).name == "diverged")]
+    wanted = of_task(sweep, args)
+    todo = [entry for entry in wanted if to_do(state_of(entry.folder), args)]
     if not todo:
-        print(f"nothing remains to be done: {summary([state_of(e) for e in wanted.values()])}")
-        return 86 if any(state_of(e).name == "diverged" for e in wanted.values()) else 0
+        standing = [state_of(entry.folder) for entry in wanted]
+        print(f"nothing remains to be done: {summary(standing)}")
+        return DIVERGED if any(state.name == "diverged" for state in standing) else FINISHED
     gpus = visible_gpus()
     each = min(sweep.about["gpus"], len(gpus))
     if each < sweep.about["gpus"] and gpus:
@@ -210,8 +209,12 @@ def run(args: Arguments, overrides: list[str]) -> int:
     slots = [apart[i % len(apart)] for i in range(count)]
     print(f"{len(todo)} of {len(wanted)} runs, {count} at a time: {sweep.folder}, {frozen_at(sweep)}", flush=True)
     code = launch(Path(__file__).resolve(), sweep, todo, slots, lambda line: print(line, flush=True))
-    print(summary([state_of(entry) for entry in wanted.values()]))
+    print(summary([state_of(entry.folder) for entry in wanted]))
     return code
+
+
+def to_do(state: State, args: Arguments) -> bool:
+    return state.remains or (args.diverged and state.name == "diverged")
 
 
 def of_task(sweep: Sweep, args: Arguments) -> list[Entry]:
@@ -245,11 +248,7 @@ def hand_over(sweep: Sweep, args: Arguments) -> int:
     if shutil.which("sbatch") is None and not args.dry_run:
         raise ConfigError("sbatch is not found: SLURM is not installed here; type run in place of submit")
     standing = states(sweep)
-    todo = [
-        entry.index
-        for entry, state in zip(sweep.entries, standing, strict=True)
-        if state.remains or (args.diverged and state.name == "diverged")
-    ]
+    todo = [entry.index for entry, state in zip(sweep.entries, standing, strict=True) if to_do(state, args)]
     if not todo:
         print(f"nothing remains to be done: {summary(standing)}")
         return 0

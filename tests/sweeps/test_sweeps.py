@@ -96,10 +96,10 @@ def test_states_tell_what_remains(sweep: Sweep, monkeypatch: pytest.MonkeyPatch)
     assert [s.remains for s in found] == [False, True, True, True]
     assert "SIGTERM" in found[1].message
     with claimed(killed.folder):  # as a training does
-        assert state_of(killed).name == "running"
-    assert state_of(missing, queued=True).name == "queued"
+        assert state_of(killed.folder).name == "running"
+    assert state_of(missing.folder, queued=True).name == "queued"
     (killed.folder / "status.json").write_text(json.dumps({"status": "diverged", "step": 3, "message": "loss"}))
-    assert not state_of(killed).remains
+    assert not state_of(killed.folder).remains
 
 
 def test_a_run_costs_its_flops_at_the_rate_that_is_known(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_stopped_sweep_goes_on_and_repeats_nothing(tmp_path: Path, sample: Pat
             assert time.monotonic() < end
             time.sleep(0.2)
         long = open_sweep(tmp_path / "sweeps" / "tiny").entries[1]
-        while state_of(long).step < 5:
+        while state_of(long.folder).step < 5:
             assert time.monotonic() < end
             time.sleep(0.2)
         process.send_signal(signal.SIGUSR1)
@@ -150,7 +150,7 @@ def test_a_stopped_sweep_goes_on_and_repeats_nothing(tmp_path: Path, sample: Pat
     lines = read_metrics(long.folder)
 
     again = subprocess.Popen([*script, "run", *own], stdout=subprocess.PIPE, text=True)
-    while state_of(long).step <= lines[-1]["step"]:
+    while state_of(long.folder).step <= lines[-1]["step"]:
         assert time.monotonic() < end + 60
         time.sleep(0.2)
     again.send_signal(signal.SIGTERM)

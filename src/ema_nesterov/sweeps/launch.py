@@ -74,7 +74,7 @@ def launch(script: Path, sweep: Sweep, entries: list[Entry], slots: list[list[st
             for child in [child for child in children if child.process.poll() is not None]:
                 children.remove(child)
                 free.append(child.slot)
-                state = ended[child.entry.index] = state_of(child.entry)
+                state = ended[child.entry.index] = state_of(child.entry.folder)
                 seconds = time.monotonic() - child.began
                 how = f"{state.name} at step {state.step} after {seconds:.0f} s {state.message}"
                 say(f"{child.entry.index}: {how.strip()}")
@@ -116,7 +116,7 @@ def start(script: Path, sweep: Sweep, entry: Entry, gpus: list[str], logs: Path)
 def progress(children: list[Child], waiting: int) -> str:
     parts = []
     for child in children:
-        state = state_of(child.entry)
+        state = state_of(child.entry.folder)
         parts.append(f"{child.entry.index} at step {state.step}/{child.entry.plain['steps']}")
     return f"{', '.join(parts)}; {waiting} wait"
 

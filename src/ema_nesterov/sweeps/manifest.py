@@ -53,6 +53,10 @@ class Sweep:
     def name(self) -> str:
         return self.about["name"]
 
+    @property
+    def runs_dir(self) -> Path:
+        return self.folder.parents[len(Path(self.name).parts)]
+
 
 def sweep_folder(runs_dir: Path, name: str) -> Path:
     return runs_dir / "sweeps" / name
@@ -91,7 +95,7 @@ def open_sweep(folder: Path) -> Sweep:
     try:
         about = json.loads((folder / "sweep.json").read_text())
         lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-        runs_dir = folder.parents[len(Path(about["name"]).parts)]
+        runs_dir = Sweep(folder, about, []).runs_dir
         entries = [Entry(i, line["id"], line["overrides"], line["config"], runs_dir) for i, line in enumerate(lines)]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise ConfigError(f"{folder} holds no sweep ({one_line(e)}); type sweep=NAME, or take it away") from None

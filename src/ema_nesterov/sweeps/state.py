@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from ..training.folder import read_status
 from ..training.logs import read_metrics
-from .manifest import Entry, Sweep
+from .manifest import Sweep
 
 OVER = ("finished", "diverged")  # nothing remains to be done
 BUSY = ("running", "queued")
@@ -31,10 +31,11 @@ class State:
         return self.name not in (*OVER, *BUSY)
 
 
-def state_of(entry: Entry, queued: bool = False) -> State:
-    status = read_status(entry.folder)
+def state_of(folder: Path, queued: bool = False) -> State:
+    """Of the run in this folder; queued: whether SLURM has it."""
+    status = read_status(folder)
     name = status.get("status", "missing")
-    if name != "finished" and is_locked(entry.folder):
+    if name != "finished" and is_locked(folder):
         name = "running"
     elif name not in OVER and queued:
         name = "queued"
@@ -42,7 +43,7 @@ def state_of(entry: Entry, queued: bool = False) -> State:
         name = "killed"
     step, message = status.get("step", 0), str(status.get("message", ""))
     if name == "running":
-        step = last_step(entry.folder / "metrics.jsonl", step)
+        step = last_step(folder / "metrics.jsonl", step)
     return State(name, step, message)
 
 
@@ -65,7 +66,7 @@ def last_step(metrics: Path, default: int) -> int:
 def states(sweep: Sweep) -> list[State]:
     """Of all runs, in the manifest's order."""
     waiting = in_queue(sweep)
-    return [state_of(entry, entry.index in waiting) for entry in sweep.entries]
+    return [state_of(entry.folder, entry.index in waiting) for entry in sweep.entries]
 
 
 # --- SLURM ----------------------------------------------------------------------------------------
