@@ -33,7 +33,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -157,13 +156,14 @@ def require_data(runs: list[Planned]) -> None:
 
 def show_plan(args: Arguments, overrides: list[str]) -> None:
     folder, _ = folder_of(args)
-    runs: Sequence[Planned | Entry]
     if is_frozen(folder):
         sweep = open_sweep(folder)
         print(f"{sweep.about['title']}\n{folder}, {frozen_at(sweep)}")
-        runs, gpus, runs_dir = sweep.entries, sweep.about["gpus"], sweep.runs_dir
+        runs = [(entry.id, entry.overrides, entry.cfg) for entry in sweep.entries]
+        gpus, runs_dir = sweep.about["gpus"], sweep.runs_dir
     else:
-        file, runs = planned(args, overrides)
+        file, found = planned(args, overrides)
+        runs = [(run.id, run.overrides, run.cfg) for run in found]
         gpus, runs_dir = file.gpus, Path(args.runs_dir)
         print(f"{file.title}\nnot begun: run or submit would freeze it in {folder}")
         for line in file.unknown:
@@ -173,10 +173,10 @@ def show_plan(args: Arguments, overrides: list[str]) -> None:
     table = Table(box=SIMPLE_HEAD)
     for column in ("", "run", "settings", "state", "GPU-hours"):
         table.add_column(column, justify="right" if column in ("", "GPU-hours") else "left", overflow="fold")
-    costs, standing = [cost(run.cfg, BENCHMARKS) for run in runs], [state_of(runs_dir / run.id) for run in runs]
-    for i, run in enumerate(runs):
+    costs, standing = [cost(cfg, BENCHMARKS) for *_, cfg in runs], [state_of(runs_dir / id) for id, *_ in runs]
+    for i, (id, settings, _) in enumerate(runs):
         hours = f"{price.hours:.3g}" if (price := costs[i]) else "?"
-        table.add_row(str(i), run.id, " ".join(run.overrides), standing[i].name, hours)
+        table.add_row(str(i), id, " ".join(settings), standing[i].name, hours)
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     console.print(table)
     known = [price for price in costs if price]
