@@ -7,7 +7,13 @@ bash scripts/install.sh test.sh
 echo "== ruff"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-echo "== mypy"
-.venv/bin/mypy
+.venv/bin/mypy >.venv/mypy.log 2>&1 & # beside the tests: it takes one core for a minute
+mypy=$!
 echo "== pytest"
-exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+tests=0
+.venv/bin/python -m pytest -n 2 --dist worksteal "$@" || tests=$?
+echo "== mypy"
+types=0
+wait "$mypy" || types=$?
+cat .venv/mypy.log
+exit $((tests ? tests : types))

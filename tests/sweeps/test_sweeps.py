@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,15 @@ from omegaconf import OmegaConf
 from ema_nesterov.config import check, typed
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.sweeps.cost import ASSUMED_MFU, PEAK, cost
-from ema_nesterov.sweeps.manifest import Sweep, freeze, open_sweep, sweep_folder
+from ema_nesterov.sweeps.manifest import Sweep, freeze, is_frozen, open_sweep, sweep_folder
 from ema_nesterov.sweeps.plan import SweepFile, expand, merge, plan
 from ema_nesterov.sweeps.state import state_of, states
+from ema_nesterov.training.checkpoint import list_checkpoints
 from ema_nesterov.training.folder import claimed
 from ema_nesterov.training.identity import run_folder, run_hash
 from ema_nesterov.training.run import run
 from tests.conftest import ROOT, TINY, Refused, composed, read_metrics
+from tests.sweeps.cluster import wait_until
 from tests.training.runs import at_step, stop
 
 CONFIGS = ROOT / "configs"
@@ -122,41 +123,30 @@ def test_a_run_costs_its_flops_at_the_rate_that_is_known(tmp_path: Path) -> None
 # --- the script -----------------------------------------------------------------------------------
 
 
-def test_a_stopped_sweep_goes_on_and_repeats_nothing(tmp_path: Path, sample: Path) -> None:
-    """Two side by side; the second start finds one finished and one to go on with, in the same folders."""
-    script = [sys.executable, str(ROOT / "scripts" / "sweep.py")]
-    own = ["name=tiny", f"runs_dir={tmp_path}"]
+def test_a_stopped_sweep_saves_its_runs_and_begins_no_other(tmp_path: Path, sample: Path) -> None:
+    """Two side by side, of which one is over when the sweep is asked to stop."""
     overrides = [o for o in SMALL if not o.startswith("steps=")]
-    overrides += ["steps=10,100000", "lookahead=none", "schedule.decay_steps=0", f"dataset.path={sample}"]
+    overrides += ["steps=10,100000,20", "lookahead=none", "schedule.decay_steps=0", f"dataset.path={sample}"]
     overrides += ["dataset.max_epochs=10000", "checkpoint_every=0", "eval_every=0", "probe_every=0"]
-    command = [*script, "run", *own, "jobs=2", *overrides]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        end = time.monotonic() + 120
-        while (
-            not (tmp_path / "sweeps" / "tiny").exists()
-            or states(open_sweep(tmp_path / "sweeps" / "tiny"))[0].name != "finished"
-        ):
-            assert time.monotonic() < end
-            time.sleep(0.2)
-        long = open_sweep(tmp_path / "sweeps" / "tiny").entries[1]
-        while state_of(long.folder).step < 5:
-            assert time.monotonic() < end
-            time.sleep(0.2)
+    script = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "run", "name=tiny", f"runs_dir={tmp_path}", "jobs=2"]
+    folder = sweep_folder(tmp_path, "tiny")
+    with subprocess.Popen(
+        [*script, *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_until(lambda: is_frozen(folder), 60)
+        short, long, _ = open_sweep(folder).entries
+        wait_until(lambda: state_of(short.folder).name == "finished" and state_of(long.folder).step > 4, 120)
         process.send_signal(signal.SIGUSR1)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 85, said
-    assert "1 finished, 1 preempted" in said
+    found = states(open_sweep(folder))
+    assert [state.name for state in found[:2]] == ["finished", "preempted"]
+    assert found[2].name in ("missing", "preempted")
+    assert [state.remains for state in found] == [False, True, True]
     assert not (long.folder / "STOP").exists()
-    lines = read_metrics(long.folder)
-
-    again = subprocess.Popen([*script, "run", *own], stdout=subprocess.PIPE, text=True)
-    while state_of(long.folder).step <= lines[-1]["step"]:
-        assert time.monotonic() < end + 60
-        time.sleep(0.2)
-    again.send_signal(signal.SIGTERM)
-    assert "1 of 2 runs" in again.communicate(timeout=60)[0]
-    assert again.returncode == 85
-    assert read_metrics(long.folder)[: len(lines)] == lines
+    newest = list_checkpoints(long.folder / "checkpoints")[-1]
+    assert newest.name == f"step_{found[1].step:08d}"
+    assert read_metrics(long.folder)[-1]["step"] == found[1].step
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.conftest import TINY, assert_same, composed, final_state, read_metric
 from tests.training.runs import assert_same_run, at_step, plugin, stop_after, train
 
 
-@pytest.mark.parametrize("stopped_at", [0, 3, 6, 9, 10])
+@pytest.mark.parametrize("stopped_at", [0, 6, 10])
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, straight: Path, sample: Path, stopped_at: int) -> None:
     shutil.copytree(straight.parents[2], tmp_path / "stopped")
     resumed = run_folder(tmp_path / "stopped")
@@ -37,18 +37,13 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, straight: Path,
 @pytest.mark.parametrize(
     "variant",
     [
-        ("lookahead=none", "probe_every=5"),
-        ("lookahead=nesterov", "lookahead.warmup_steps=2", "lookahead.rest_steps=2"),
-        ("lookahead=nala", "lookahead.k=3", "lookahead.warmup_steps=2"),
+        ("lookahead=none", "probe_every=5", "schedule=lr_matched"),
+        ("lookahead=nesterov", "lookahead.warmup_steps=2", "optimizer=soap", "optimizer.precondition_frequency=2"),
+        ("lookahead=nala", "lookahead.k=3", "lookahead.warmup_steps=2", "optimizer=aurora"),
         ("lookahead=lookahead", "lookahead.k=4", "lookahead.inner_state=interpolate"),
-        ("lookahead=lookahead", "lookahead.k=4", "lookahead.adaptive=true", "optimizer=adamw"),
-        ("lookahead=snoo", "lookahead.k=4"),
+        ("lookahead=lookahead", "lookahead.k=4", "lookahead.adaptive=true", "optimizer=adamw", "trainer.grad_clip=0.5"),
+        ("lookahead=snoo", "lookahead.k=4", "optimizer=record30", "schedule=power"),
         ("lookahead=gpa", "optimizer=normuon"),
-        ("optimizer=aurora", "lookahead.alpha=0.3"),
-        ("optimizer=soap", "optimizer.precondition_frequency=2"),
-        ("optimizer=record30", "optimizer.precondition_frequency=2", "schedule=power"),
-        ("lookahead=none", "schedule=lr_matched"),
-        ("optimizer=adamw", "trainer.grad_clip=0.5"),
         ("schedule=wsd_exponential", "lookahead.warm_start=true"),
     ],
 )
