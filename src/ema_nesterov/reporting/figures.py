@@ -44,6 +44,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "font.size": 10,
+    "axes.titlesize": 10,
     "svg.fonttype": "none",
     "svg.hashsalt": "ema-nesterov",  # the same picture twice is the same file
 }
@@ -319,7 +320,7 @@ def positions(data: Data) -> Drawn:
                     places = sorted(lines[0])
                     heights = [mean(line[a] - line[0.0] for line in lines) for a in places]
                     ax.plot(places, heights, color=color, ls=style, marker=".", ms=4, label=name)
-            ax.set(title=f"{cell.label}, {stage}, step {step}", xlabel="a", ylabel="nats above the loss at x")
+            ax.set(title=f"{cell.label}\n{stage}, step {step}", xlabel="a", ylabel="nats above the loss at x")
             ax.legend()
     return drawing, "The loss at x + a d less that at x, along the EMA of the updates and along the last update."
 
