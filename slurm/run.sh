@@ -35,7 +35,8 @@ case $status in
   diverged) exit 86 ;;
   preempted)
     if [[ -n $requeue && ${SLURM_RESTART_COUNT:-0} -lt ${MAX_RESTARTS:-100} ]]; then
-      scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this shell meanwhile
+      trap - TERM # SLURM ends this shell by it
+      scontrol requeue "$SLURM_JOB_ID" && sleep 60
     fi
     exit 85
     ;;

@@ -18,10 +18,11 @@ pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(reason_without_slurm() is not None, reason=str(reason_without_slurm())),
 ]
-STEPS = 100
+STEPS = 200
 RUNS = (
     *(o for o in TINY if not o.startswith(("lookahead.", "steps=", "micro_batch_size="))),
     *(f"steps={STEPS}", "lookahead=ema_nesterov,none", "seed=0,1", "eval_every=0", "probe_every=0"),
+    "checkpoint_every=0",
 )
 
 
@@ -42,7 +43,7 @@ def test_an_array_goes_on_after_a_preemption_and_ends_as_if_nothing_had_been(
     cluster: dict[str, str], tmp_path: Path, sample: Path
 ) -> None:
     runs = tmp_path / "runs"
-    how = ("gpus=0", "throttle=2", "sbatch=--cpus-per-task=1")
+    how = ("gpus=0", "throttle=4", "sbatch=--cpus-per-task=1")
     sweep("submit", runs, cluster, *how, *RUNS, f"dataset.path={sample}")
     folder = runs / "sweeps" / "tiny"
     entries = open_sweep(folder).entries

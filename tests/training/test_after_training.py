@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, Refused, read_metrics
 
-
-def typed(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Typed = Callable[..., str]
 
 
-def test_an_evaluation_finds_the_losses_that_the_run_logged(straight: Path) -> None:
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Types a script in this process, as starting another costs seconds; returns what it prints."""
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_an_evaluation_finds_the_losses_that_the_run_logged(straight: Path, typed: Typed) -> None:
     logged = read_metrics(straight)[-1]
     found = dict(re.findall(r"^ *([xye]) +([\d.]+)", typed("evaluate.py", f"run={straight}"), re.MULTILINE))
     keys = {"x": "val/loss", "y": "val/lookahead_loss", "e": "val/ema_loss"}
     assert found == {point: f"{logged[key]:.6f}" for point, key in keys.items()}
 
 
-def test_an_earlier_step_and_fewer_tokens_are_another_loss(straight: Path, sample: Path) -> None:
+def test_an_earlier_step_and_fewer_tokens_are_another_loss(straight: Path, sample: Path, typed: Typed) -> None:
     output = typed("evaluate.py", f"run={straight}", "step=6", f"path={sample}", "tokens=512")
     assert "step 6" in output
     assert float(re.findall(r"^ *x +([\d.]+)", output, re.MULTILINE)[0]) > 6
 
 
-def test_a_text_goes_on_the_same_for_a_seed(straight: Path) -> None:
+def test_a_text_goes_on_the_same_for_a_seed(straight: Path, typed: Typed) -> None:
     arguments = [f"run={straight}", "prompt=The method returns", "tokens=12"]
     first, again = (typed("generate.py", *arguments, "seed=1") for _ in range(2))
     assert first == again

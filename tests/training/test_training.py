@@ -211,7 +211,7 @@ def test_exported_weights_are_the_iterate_and_checkpoints_the_lookahead_point(st
 @pytest.mark.parametrize("ranks", [2])
 def test_ranks_prepare_data_once_resume_bit_for_bit_and_agree_with_one(tmp_path: Path, ranks: int) -> None:
     path = tmp_path / "data" / "sample"  # not there yet: the real text comes out of the package
-    overrides = [*TINY, f"dataset.path={path}", "steps=24", "checkpoint_every=11", "eval_every=12", "probe_every=12"]
+    overrides = [*TINY, f"dataset.path={path}", "steps=12", "checkpoint_every=5", "eval_every=6", "probe_every=6"]
     done = train_process(*overrides, f"runs_dir={tmp_path / 'straight'}", ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in path.iterdir()} == {
@@ -219,12 +219,12 @@ def test_ranks_prepare_data_once_resume_bit_for_bit_and_agree_with_one(tmp_path:
     }
     for name in ("stopped", "taken_over"):
         shutil.copytree(tmp_path / "straight", tmp_path / name)
-        stop_after(run_folder(tmp_path / name), 11)
+        stop_after(run_folder(tmp_path / name), 5)
     done = train_process(*overrides, f"runs_dir={tmp_path / 'stopped'}", ranks=ranks)
-    assert "resuming at step 11" in done.stdout
+    assert "resuming at step 5" in done.stdout
     straight, stopped = (run_folder(tmp_path / name) for name in ("straight", "stopped"))
     assert read_metrics(straight) == read_metrics(stopped)
-    assert_same(final_state(straight, 24), final_state(stopped, 24))
+    assert_same(final_state(straight, 12), final_state(stopped, 12))
 
     # one process alone, and one that takes over from these ranks in the middle
     for name in ("one", "taken_over"):

@@ -104,7 +104,7 @@ def problems(kappa: float, seed: int) -> dict[str, Problem]:
 
 def lyapunov(problem: Problem, path: Path, kappa: float, gamma: float) -> Tensor:
     """V_t of eq. (27) along a path of EMA-Nesterov, (steps + 1, ...); for gamma <= 1 - 1/kappa."""
-    assert path.d is not None, "descend(..., directions=True)"  # m_t
+    assert path.d.numel(), "descend(..., directions=True)"  # m_t
     c = (math.sqrt(kappa * (1 - gamma)) - 1) / (1 - gamma)
     return problem.value(path.x) + ((path.x + c * path.d) ** 2).sum(-1) / (2 * kappa)
 
