@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_nesterov.cli import arguments, guard
+from ema_nesterov.errors import ConfigError
 from ema_nesterov.reporting.published import Published, load_published, settings_of, without_places
 from ema_nesterov.sweeps.cost import ASSUMED_FLOAT32, ASSUMED_MFU, Cost, cost
 from ema_nesterov.sweeps.plan import Planned, SweepFile, open_sweep_file, plan, split, sweep_names
@@ -47,7 +48,10 @@ class Arguments:
 
 def main() -> None:
     args = arguments(Arguments, __doc__)
-    Path(args.output).write_text(page())
+    try:
+        Path(args.output).write_text(page())
+    except OSError as e:
+        raise ConfigError(f"cannot write {args.output}: {e.strerror}; type output=FILE") from None
     print(args.output)
 
 

@@ -61,9 +61,7 @@ def main() -> None:
     elif args.sweep:
         folder = Path(args.sweep) if is_frozen(Path(args.sweep)) else sweep_folder(Path(args.runs_dir), args.sweep)
         if not is_frozen(folder):
-            raise ConfigError(
-                f"{folder} does not exist: the sweep has not begun; python scripts/sweep.py run begins it"
-            )
+            raise ConfigError(f"{folder} holds no sweep that has begun; python scripts/sweep.py run begins one")
         sweep = open_sweep(folder)
         (runs, others), title, wanted = runs_of(sweep), sweep.about["title"], sweep.about["figures"]
     else:

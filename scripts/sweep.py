@@ -41,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ema_nesterov.cli import guard, key_of, parse
+from ema_nesterov.config import check_name
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.sweeps.manifest import Entry, Sweep, freeze, is_frozen, open_sweep, same, sweep_folder
 from ema_nesterov.sweeps.plan import Planned, SweepFile, open_sweep_file, plan, split
@@ -91,11 +92,16 @@ def main() -> None:
 def folder_of(args: Arguments) -> tuple[Path, str]:
     """The folder and the name of the sweep that is meant."""
     if args.sweep and is_frozen(Path(args.sweep)):
-        return Path(args.sweep), open_sweep(Path(args.sweep)).name
+        sweep = open_sweep(Path(args.sweep))
+        return sweep.folder, sweep.name
     name = args.name or args.sweep
     if not name:
         raise ConfigError("sweep= is missing; type sweep=NAME, a file of configs/sweep, or name=MINE experiment=A,B")
-    return sweep_folder(Path(args.runs_dir), name), name
+    check_name("name" if args.name else "sweep", name)
+    folder = sweep_folder(Path(args.runs_dir), name)
+    if args.sweep and not is_frozen(folder):
+        open_sweep_file(CONFIGS, args.sweep)
+    return folder, name
 
 
 def planned(args: Arguments, overrides: list[str]) -> tuple[SweepFile, list[Planned]]:
@@ -260,7 +266,7 @@ def hand_over(sweep: Sweep, args: Arguments) -> int:
         *("sbatch", "--parsable", f"--array=0-{len(tasks) - 1}%{args.throttle}", f"--job-name={sweep.name}"),
         f"--output={sweep.folder}/logs/slurm-%A_%a.log",
         *([f"--gpus-per-node={gpus * args.pack}", f"--cpus-per-task={4 * gpus * args.pack}"] if gpus else []),
-        *shlex.split(args.sbatch),
+        *split(args.sbatch),
         *(str(ARRAY), str(sweep.folder), str(number), str(gpus), str(args.pack)),
     ]
     if args.dry_run:

@@ -70,6 +70,9 @@ def guard(main: Callable[[], object], configs: Path | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; type the same command to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # | head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as e:
         fail(str(e))
     except Exception as e:

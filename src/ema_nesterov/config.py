@@ -46,8 +46,7 @@ def check(cfg: DictConfig) -> None:
     micro = cfg.micro_batch_size
     _require(micro is None or micro >= 1, "micro_batch_size", micro, "at least 1")
     _require(0 < cfg.probe_ema_decay < 1, "probe_ema_decay", cfg.probe_ema_decay, "between 0 and 1")
-    if not re.fullmatch(r"\w[^/\\]*(/\w[^/\\]*)*", cfg.name) or not cfg.name.isprintable() or len(cfg.name) > 200:
-        raise ConfigError(f"name={cfg.name!r} must be a relative folder such as quickstart/muon, at most 200 letters")
+    check_name("name", cfg.name)
     check_path("runs_dir", cfg.runs_dir)
     _check_model(cfg)
     _check_dataset(cfg)
@@ -73,6 +72,12 @@ def check(cfg: DictConfig) -> None:
     _choice("logger.name", cfg.logger.name, ["local", "wandb"])
     _choice("logger.mode", cfg.logger.mode, ["online", "offline", "disabled"])
     _choice("logger.x_axis", cfg.logger.x_axis, ["tokens", "step"])
+
+
+def check_name(key: str, name: str) -> None:
+    """Raise ConfigError for what is no folder below another."""
+    if not re.fullmatch(r"\w[^/\\]*(/\w[^/\\]*)*", name) or not name.isprintable() or len(name) > 200:
+        raise ConfigError(f"{key}={name!r} must be a relative folder such as quickstart/muon, at most 200 letters")
 
 
 def check_path(key: str, path: str | None) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,9 @@ def test_a_stopped_sweep_saves_its_runs_and_begins_no_other(tmp_path: Path, samp
     [
         ("paln sweep=figure_4", "unknown command paln; type one of plan, run, submit, status, resubmit"),
         ("plan", "sweep= is missing; type sweep=NAME"),
+        ("status sweep=figure_44", "there is no sweep figure_44; did you mean sweep=figure_4?"),
+        ("run name=../a experiment=quickstart/muon", "name='../a' must be a relative folder such as quickstart/muon"),
+        ("run name=/a experiment=quickstart/muon", "name='/a' must be a relative folder"),
         ("plan sweep=figure_44", "there is no sweep figure_44; did you mean sweep=figure_4?"),
         ("plan name=a experiment=quickstart/muon,quickstart/moun", "did you mean experiment=quickstart/muon?"),
         ("plan name=a seed=interval(0,1)", "seed=interval(0,1) is an interval; type values"),
@@ -175,6 +179,20 @@ def test_other_runs_under_a_name_that_has_begun_are_refused(sweep: Sweep, refuse
     runs_dir = f"runs_dir={sweep.folder.parents[2]}"
     refused("sweep.py", ["run", "name=a/b", runs_dir, "seed=5"], "has begun with other runs; leave seed=5 out to go on")
     refused("sweep.py", ["submit", *own, "gpus=2", "pack=8"], "pack=8 packs runs of one GPU, these take 2; type gpus=1")
+
+
+def test_damaged_files_of_a_sweep_are_told(sweep: Sweep, refused: Refused, tmp_path: Path) -> None:
+    own = ["status", f"sweep={sweep.folder}"]
+    (sweep.folder / "submissions").mkdir()
+    (sweep.folder / "submissions" / "0.json").write_text("{")
+    refused("sweep.py", own, "0.json is damaged (JSONDecodeError")
+    (sweep.folder / "submissions" / "0.json").unlink()
+    moved = tmp_path / "b"
+    shutil.copytree(sweep.folder, moved)
+    refused("sweep.py", ["run", f"sweep={moved}"], "must lie at RUNS_DIR/sweeps/a/b, as its runs lie in RUNS_DIR")
+    refused("sweep.py", ["submit", f"sweep={sweep.folder}", "dry_run=true", "sbatch=a 'b"], "close its quotes")
+    (sweep.folder / "sweep.json").write_text('{"name": "a/b"}')
+    refused("sweep.py", own, "sweep.json has no title")
 
 
 def test_a_submission_is_an_array_of_what_remains(

@@ -8,26 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-from PIL import Image
 
 from ..errors import ConfigError
-
-STYLE: dict[Any, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ema-nesterov",  # the same picture twice is the same file
-}
+from ..plotting import STYLE, save
 
 
 def folder_for(output: str) -> Path:
@@ -48,15 +32,6 @@ def figure(folder: Path, name: str, columns: int = 1, rows: int = 1, size: tuple
         drawing, axes = plt.subplots(rows, columns, figsize=shape, layout="constrained", squeeze=False)
         yield drawing, list(axes.flat)
         save(drawing, folder, name)
-
-
-def save(drawing: Figure, folder: Path, name: str) -> None:
-    for kind in ("png", "svg"):
-        drawing.savefig(folder / f"{name}.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
-    plt.close(drawing)
-    with Image.open(folder / f"{name}.png") as picture:  # a palette: a third of the size
-        small = picture.convert("RGB").quantize(256)
-    small.save(folder / f"{name}.png", optimize=True)
 
 
 def table(folder: Path, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -20,9 +20,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,23 +28,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..derived import lr_schedule
 from ..errors import ConfigError
+from ..plotting import STYLE, save
 from .cells import Cell, Comparison, paired_curves, problem
 from .comparison import along, draw_comparison
 from .published import Published
 from .runs import Run, Unfinished
 
-STYLE: dict[Any, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ema-nesterov",  # the same picture twice is the same file
-}
 WIDTH, HEIGHT = 4.6, 3.6  # inches of a panel
 BASE, CONTROL = "0.35", "C1"  # colors
 COLORS = ["C2", "C0", "C3", "C4", "C5", "C6", "C8", "C9"]
@@ -78,16 +64,14 @@ def draw_all(wanted: list[dict[str, Any]], data: Data, folder: Path) -> list[Fig
         if spec.get("kind") not in KINDS:
             raise ConfigError(f"figure kind={spec.get('kind')} must be one of {', '.join(KINDS)}")
         options = {key: value for key, value in spec.items() if key != "kind"}
-        with plt.rc_context(STYLE):
+        with plt.rc_context({**STYLE, "axes.titlesize": 10}):
             drawn = KINDS[spec["kind"]](data, **options)
             if drawn is None:
                 continue
             drawing, caption = drawn
             twice = [other for other in wanted if other.get("kind") == spec["kind"]]
             stem = spec["kind"] if len(twice) == 1 else f"{spec['kind']}_{i}"
-            for kind in ("png", "svg"):
-                drawing.savefig(folder / f"{stem}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            plt.close(drawing)
+            save(drawing, folder, stem)
         figures.append(Figure(folder / f"{stem}.svg", caption))
     return figures
 

@@ -81,11 +81,11 @@ def plan(configs: Path, commands: list[list[str]], overrides: list[str]) -> list
 
 
 def split(command: str) -> list[str]:
-    """A command line of a sweep file as arguments."""
+    """A command line as arguments."""
     try:
         return shlex.split(command)
     except ValueError as e:
-        raise ConfigError(f"the command line {command!r} cannot be read ({e})") from None
+        raise ConfigError(f"{command!r} cannot be read ({e}); close its quotes") from None
 
 
 def merge(command: list[str], overrides: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..errors import ConfigError, one_line
 from ..training.folder import read_status
 from ..training.logs import read_metrics
 from .manifest import Sweep
@@ -77,12 +78,15 @@ def submissions(sweep: Sweep) -> list[Path]:
 
 
 def in_queue(sweep: Sweep) -> set[int]:
-    """The runs whose array task is queued or runs."""
+    """The runs whose array task is queued or runs. Raises ConfigError for a submission that cannot be read."""
     held: set[int] = set()
     for path in submissions(sweep):
-        submission = json.loads(path.read_text())
-        for task in tasks_in_queue(submission["job"]):
-            held.update(submission["tasks"][task])
+        try:
+            submission = json.loads(path.read_text())
+            for task in tasks_in_queue(submission["job"]):
+                held.update(submission["tasks"][task])
+        except (OSError, ValueError, LookupError, TypeError) as e:
+            raise ConfigError(f"{path} is damaged ({one_line(e)}); take it away once its job has ended") from None
     return held
 
 
