@@ -38,9 +38,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = (
     *("model.layers=2", "model.heads=2", "model.width=32", "steps=10", "seq_len=32", "batch_size=12", "log_every=1"),
-    *("eval_every=5", "probe_every=5", "checkpoint_every=3", "micro_batch_size=2", "trainer.keep_checkpoints=99"),
+    *(
+        "eval_every=5",
+        "probe_every=5",
+        "noise_every=5",
+        "checkpoint_every=3",
+        "micro_batch_size=2",
+        "trainer.keep_checkpoints=99",
+    ),
     *("dataset.val_tokens=1024", "dataset.probe_tokens=256", "lookahead.warmup_steps=2", "lookahead.rest_steps=2"),
-    *("lookahead.ema_decay=0.8", "trainer.compile=false"),
+    *("lookahead.ema_decay=0.8", "trainer.compile=false", "micro_batch_size=2"),
 )
 
 

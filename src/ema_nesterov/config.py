@@ -40,7 +40,7 @@ def check(cfg: DictConfig) -> None:
     for key in ("steps", "seq_len", "batch_size", "log_every"):
         _require(cfg[key] >= 1, key, cfg[key], "at least 1")
     _require(cfg.steps <= 10_000_000, "steps", cfg.steps, "at most 10000000")
-    for key in ("seed", "eval_every", "probe_every", "checkpoint_every"):
+    for key in ("seed", "eval_every", "probe_every", "noise_every", "checkpoint_every"):
         _require(cfg[key] >= 0, key, cfg[key], "at least 0")
     _require(cfg.seed < 2**63, "seed", cfg.seed, f"at most {2**63 - 1}")
     micro = cfg.micro_batch_size

@@ -53,6 +53,9 @@ def cost(cfg: DictConfig, benchmarks: Path) -> Cost | None:
     if cfg.probe_every:
         probes = cfg.steps // cfg.probe_every
         val_tokens += probes * 2 * len(PROBE_POSITIONS) * (cfg.dataset.get("probe_tokens") or DEFAULT_VAL_TOKENS)
+    if cfg.noise_every:  # forward and backward
+        measured = cfg.steps // cfg.noise_every * (cfg.dataset.get("val_tokens") or DEFAULT_VAL_TOKENS)
+        training *= 1 + measured / tokens
     speed = ASSUMED_FLOAT32 * FLOAT32_PEAK if cfg.model.get("eval_float32", True) else ASSUMED_MFU * PEAK
     return Cost(training / 3600, val_tokens * flops / 3 / speed / 3600, rate is not None)
 

@@ -37,6 +37,7 @@ from .folder import Status
 from .fork import Fork
 from .health import Watch, examine
 from .logs import Logs, Silence
+from .noise import gradient_noise
 from .speed import Clock
 from .stop import Stop
 
@@ -177,6 +178,10 @@ def train(
                     losses = probe(optimizer, previous, partial(evaluate, cfg.dataset.probe_tokens))
                     for direction, position, value in losses:
                         log(step, **{"probe/direction": direction, "probe/position": position, "probe/loss": value})
+            if cfg.noise_every and step % cfg.noise_every == 0:
+                with clock.paused(), at_iterate(optimizer):
+                    held_out = dataset.validation(cfg.dataset.val_tokens, ranks.rank, ranks.size, micro_batch_size)
+                    log(step, **gradient_noise(compiled, held_out, ranks, precision))
 
             diverged: Diverged | None = None
             most = min(2, cfg.trainer.max_bad_steps) if step == cfg.steps else cfg.trainer.max_bad_steps

@@ -83,6 +83,7 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
         else:
             evaluate = partial(model, tokens, tokens)
         with live:
+            summed = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters() if cfg.noise_every]
             if cfg.batch_size == micro_batch_size * ranks:  # else the gradients of the micro-batches before are there
                 optimizer.zero_grad()
             if compiled:
@@ -93,6 +94,7 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
                     loss = model(tokens, tokens)
                 loss.backward()
                 del loss
+            del summed
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad(), eval_precision():
