@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from threading import Thread
 
 import torch
@@ -34,6 +36,12 @@ class Ranks:
         """All ranks, to share an optimizer's work and state; None when there is one."""
         return dist.group.WORLD if self.size > 1 else None
 
+    @property
+    def hardware(self) -> str:
+        """Such as 8 x NVIDIA H200."""
+        cpu = self.device.type == "cpu"
+        return f"{self.size} x {cpu_name() if cpu else torch.cuda.get_device_name(self.device)}"
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
         if self.size > 1:
@@ -55,6 +63,16 @@ class Ranks:
 def world_size() -> int:
     """The number of ranks that torchrun started, or 1."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def cpu_name() -> str:
+    """As Linux tells it, or the kind of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def choose_device(wanted: str) -> torch.device:

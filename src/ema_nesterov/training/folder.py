@@ -45,12 +45,12 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def begin(cfg: DictConfig, folder: Path, step: int = 0) -> list[str]:
+def begin(cfg: DictConfig, folder: Path, step: int = 0, device: str = "unknown") -> list[str]:
     """Write config.yaml, or compare it with the one that is there; returns what differs and may matter.
 
     Raises ConfigError where the folder holds another run, or cannot be written.
     """
-    path, here, header = folder / "config.yaml", provenance(), []
+    path, here, header = folder / "config.yaml", {**provenance(), "device": device}, []
     warnings = []
     if path.exists():
         require_same(cfg, path)

@@ -56,7 +56,7 @@ def run(cfg: DictConfig) -> int:
             checkpoint, warnings = choose_checkpoint(folder, group)
             step = step_of(checkpoint) if checkpoint else fork.step if fork else 0
             if group.is_first:
-                warnings += begin(cfg, folder, step)
+                warnings += begin(cfg, folder, step, group.hardware)
             group.barrier()
             with (
                 open_logs(cfg, folder, step if checkpoint else 0) if group.is_first else silence() as logs,
