@@ -5,6 +5,10 @@ runs    a folder of run folders, or a list [A,B] (default runs)
 wandb   the runs of a W&B project; with sweep=NAME those of that sweep, which need not be on this disk. They are fetched
         into run folders in `output`/wandb, finished ones once
 
+With sweep=NAME export=FOLDER the finished runs are written there as CSV files: a row a run, curves and probes beside.
+data=FOLDER reads those of sweeps that choose by seed 0 and count the other seeds (study/cpu), and writes README.md and
+its figures into `output` (default: beside them).
+
 Writes cells.md and .csv (a row a config, over its seeds), table.md and .csv (a row a run), pairwise.md and .csv,
 figures as PNG and SVG, and index.html, which holds all of it, into `output` (default: report/ inside the sweep's or
 the first folder; with wandb= report/). Runs that are missing, failed or diverged are named. Published numbers
@@ -25,13 +29,16 @@ from rich.table import Table as Printed
 from ema_nesterov.cli import arguments, guard
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.reporting.cells import cells_of, comparisons_of
-from ema_nesterov.reporting.figures import Data, draw_all
+from ema_nesterov.reporting.figures import draw_all
 from ema_nesterov.reporting.from_wandb import fetch
+from ema_nesterov.reporting.layout import Data
 from ema_nesterov.reporting.page import write_page
 from ema_nesterov.reporting.published import load_published, published_for
+from ema_nesterov.reporting.results import write_results
 from ema_nesterov.reporting.runs import find_runs, runs_of
+from ema_nesterov.reporting.study import open_studies, write_study
 from ema_nesterov.reporting.table import SHORT, Table, table_of_cells, table_of_pairs, table_of_runs, verdicts
-from ema_nesterov.sweeps.manifest import is_frozen, open_sweep, sweep_folder
+from ema_nesterov.sweeps.manifest import Sweep, is_frozen, open_sweep, sweep_folder
 from ema_nesterov.sweeps.plan import open_sweep_file, sweep_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +52,18 @@ class Arguments:
     runs: Any = "runs"
     wandb: str | None = None
     runs_dir: str = "runs"
+    data: str | None = None
+    export: str | None = None
     output: str | None = None
     title: str | None = None
 
 
 def main() -> None:
     args = arguments(Arguments, __doc__)
+    if args.data is not None:
+        return report_on_data(Path(args.data), writable(Path(args.output or args.data)))
+    if args.export is not None:
+        return export(args, writable(Path(args.export)))
     wanted: list[dict[str, Any]]
     if args.wandb is not None:
         folder = Path()
@@ -59,10 +72,8 @@ def main() -> None:
         if args.sweep in sweep_names(CONFIGS):
             title, wanted = (file := open_sweep_file(CONFIGS, args.sweep)).title, file.figures
     elif args.sweep:
-        folder = Path(args.sweep) if is_frozen(Path(args.sweep)) else sweep_folder(Path(args.runs_dir), args.sweep)
-        if not is_frozen(folder):
-            raise ConfigError(f"{folder} holds no sweep that has begun; python scripts/sweep.py run begins one")
-        sweep = open_sweep(folder)
+        sweep = begun(args)
+        folder = sweep.folder
         (runs, others), title, wanted = runs_of(sweep), sweep.about["title"], sweep.about["figures"]
     else:
         names = args.runs if isinstance(args.runs, list) else [args.runs]
@@ -70,11 +81,7 @@ def main() -> None:
             raise ConfigError(f"runs={args.runs} must be a folder, or a list [A,B] of them; quote a name of digits")
         (runs, others), title, wanted = find_runs([Path(name) for name in names]), "Lookahead or not", []
         folder = Path(names[0])
-    output = Path(args.output) if args.output else folder / "report"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"cannot write {output}: {e.strerror}; type output=FOLDER") from None
+    output = writable(Path(args.output) if args.output else folder / "report")
     cells = cells_of(runs)
     comparisons = comparisons_of(cells)
     published = published_for(cells, load_published(RESULTS), CONFIGS)
@@ -91,6 +98,39 @@ def main() -> None:
     for line in [*(f"not counted: {other}" for other in others), *(said if len(said) <= MANY else [])]:
         console.print(line, highlight=False)
     console.print(f"tables, figures and page: {output}", highlight=False)
+
+
+def begun(args: Arguments) -> Sweep:
+    """Raises ConfigError when there is no such sweep."""
+    assert args.sweep is not None
+    folder = Path(args.sweep) if is_frozen(Path(args.sweep)) else sweep_folder(Path(args.runs_dir), args.sweep)
+    if not is_frozen(folder):
+        raise ConfigError(f"{folder} holds no sweep that has begun; python scripts/sweep.py run begins one")
+    return open_sweep(folder)
+
+
+def writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"cannot write {folder}: {e.strerror}; type output=FOLDER") from None
+    return folder
+
+
+def export(args: Arguments, folder: Path) -> None:
+    if not args.sweep:
+        raise ConfigError("export= needs a sweep, whose manifest has the commands of its runs; type sweep=NAME")
+    sweep = begun(args)
+    runs, others = runs_of(sweep)
+    commands = {entry.folder: entry.overrides for entry in sweep.entries}
+    paths = write_results([(run, commands[run.folder]) for run in runs], folder, sweep.name.replace("/", "_"))
+    for line in [*(f"not exported: {other}" for other in others), *map(str, paths)]:
+        print(line)
+
+
+def report_on_data(data: Path, output: Path) -> None:
+    write_study(open_studies(data, CONFIGS), output)
+    print(output / "README.md")
 
 
 def show(table: Table, title: str) -> None:

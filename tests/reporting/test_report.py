@@ -11,7 +11,8 @@ import pytest
 from ema_nesterov.cli import composed_each
 from ema_nesterov.errors import DataError
 from ema_nesterov.reporting.cells import Cell, Comparison, Statistic, cells_of, comparisons_of
-from ema_nesterov.reporting.figures import KINDS, Data, draw_all
+from ema_nesterov.reporting.figures import KINDS, draw_all
+from ema_nesterov.reporting.layout import Data
 from ema_nesterov.reporting.page import write_page
 from ema_nesterov.reporting.published import Published, load_published, published_for
 from ema_nesterov.reporting.runs import Run, base_of, find_runs

@@ -1,6 +1,7 @@
 """The pictures of a report, as PNG and SVG, in the paper's form.
 
-A sweep's file lists what it wants: {kind: ..., and what that kind asks for}.
+A sweep's file lists what it wants: {kind: ..., and what that kind asks for}; with where: {KEY: VALUE or [VALUES]}
+of the runs that have these values alone, with title: ... under that heading.
 
     comparison   three panels for a few runs: losses, differences to the base, the loss along the lookahead line
     curves       validation loss over steps (x: step | tokens | time), mean and range over seeds, the published curve
@@ -8,13 +9,14 @@ A sweep's file lists what it wants: {kind: ..., and what that kind asks for}.
     final        final perplexities: seeds, mean, 95% interval, the published number
     grid         final perplexity of the runs called `name` over two keys, `rows` and `columns`, and a third, `panels`
     scaling      final perplexity over the key `x`, a line for each name, and for each value of the key `series`
+    gains        final losses less the base's over the key `x`, a line for each name; with batch_size and runs that
+                 measured the gradient noise, its scale beside them
     positions    the loss along x + a d while the learning rate is constant, and while it decays
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
@@ -23,97 +25,38 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Drawing
-from omegaconf import DictConfig, OmegaConf
 
-from ..derived import lr_schedule
+from ..derived import alpha_schedule, lr_schedule
 from ..errors import ConfigError
 from ..plotting import STYLE, save
-from .cells import Cell, Comparison, paired_curves, problem
+from .cells import Cell, paired_curves
 from .comparison import along, draw_comparison
-from .published import Published
-from .runs import Run, Unfinished
-
-WIDTH, HEIGHT = 4.6, 3.6  # inches of a panel
-BASE, CONTROL = "0.35", "C1"  # colors
-COLORS = ["C2", "C0", "C3", "C4", "C5", "C6", "C8", "C9"]
+from .gains import gains
+from .layout import BASE, CONTROL, WIDTH, Data, Drawn, Figure, about, colors, families, panels, place, value
+from .runs import Run
 
 
-@dataclass
-class Figure:
-    svg: Path
-    caption: str
-
-
-@dataclass
-class Data:
-    cells: list[Cell]
-    comparisons: list[Comparison]
-    others: list[Unfinished]
-    published: dict[int, Published]  # by the index of a cell
-
-    @property
-    def runs(self) -> list[Run]:
-        return [run for cell in self.cells for run in cell.runs]
-
-
-def draw_all(wanted: list[dict[str, Any]], data: Data, folder: Path) -> list[Figure]:
+def draw_all(wanted: list[dict[str, Any]], data: Data, folder: Path, prefix: str = "") -> list[Figure]:
     """Raises ConfigError for a figure that does not exist. One that has nothing to show is left out."""
     figures = []
     for i, spec in enumerate(wanted):
-        if spec.get("kind") not in KINDS:
-            raise ConfigError(f"figure kind={spec.get('kind')} must be one of {', '.join(KINDS)}")
-        options = {key: value for key, value in spec.items() if key != "kind"}
+        options = dict(spec)
+        kind, where, title = options.pop("kind", None), options.pop("where", {}), options.pop("title", "")
+        if kind not in KINDS:
+            raise ConfigError(f"figure kind={kind} must be one of {', '.join(KINDS)}")
+        shown = data.where(where) if where else data
+        if not shown.cells:
+            continue
         with plt.rc_context({**STYLE, "axes.titlesize": 10}):
-            drawn = KINDS[spec["kind"]](data, **options)
+            drawn = KINDS[kind](shown, **options)
             if drawn is None:
                 continue
             drawing, caption = drawn
-            twice = [other for other in wanted if other.get("kind") == spec["kind"]]
-            stem = spec["kind"] if len(twice) == 1 else f"{spec['kind']}_{i}"
+            twice = [other for other in wanted if other.get("kind") == kind]
+            stem = prefix + (kind if len(twice) == 1 else f"{kind}_{i}")
             save(drawing, folder, stem)
-        figures.append(Figure(folder / f"{stem}.svg", caption))
+        figures.append(Figure(folder / f"{stem}.svg", f"{title}. {caption}" if title else caption))
     return figures
-
-
-Drawn = tuple[Drawing, str] | None
-
-
-def panels(count: int, height: float = HEIGHT) -> tuple[Drawing, list[Axes]]:
-    """Up to three in a row."""
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    drawing, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH * columns, height * rows), layout="constrained", squeeze=False
-    )
-    flat = list(axes.flat)
-    for spare in flat[count:]:
-        spare.set_axis_off()
-    return drawing, flat[:count]
-
-
-def families(cells: list[Cell]) -> list[list[Cell]]:
-    """Cells of one problem together, in order."""
-    found: list[list[Cell]] = []
-    for cell in cells:
-        near = next((family for family in found if problem(family[0]) == problem(cell)), None)
-        if near is None:
-            found.append([cell])
-        else:
-            near.append(cell)
-    return found
-
-
-def colors(family: list[Cell]) -> Iterator[tuple[Cell, Any]]:
-    rest = iter(COLORS * len(family))
-    for cell in family:
-        yield cell, BASE if cell.is_base else CONTROL if cell.first.matched_alpha else next(rest)
-
-
-def about(family: list[Cell]) -> str:
-    cfg = family[0].first.config
-    optimizer = cfg.optimizer.get("name") or cfg.optimizer.get("_target_")
-    return f"{cfg.model.get('name', 'model')}, {optimizer}, {cfg.batch_size} x {cfg.seq_len} tokens"
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -176,9 +119,10 @@ def differences(data: Data) -> Drawn:
 
 
 def shade(ax: Axes, run: Run) -> None:
-    on = [s for s, a in zip(*run.curve("optim/alpha"), strict=True) if a > 0]
+    alpha = alpha_schedule(run.config)
+    on = [step for step in range(run.config.steps) if alpha(step) > 0]
     if on:
-        ax.axvspan(on[0], on[-1], color="0.5", alpha=0.08, lw=0)
+        ax.axvspan(on[0], on[-1] + 1, color="0.5", alpha=0.08, lw=0)
 
 
 # --- final values ---------------------------------------------------------------------------------
@@ -236,17 +180,6 @@ def grid(data: Data, name: str, rows: str, columns: str, panels_: str | None = N
         ax.set(title=title, xlabel=columns, ylabel=rows)
     beside = "" if base is None else f" The base alone: {base.mean:.2f}."
     return drawing, f"Final perplexity at x; the lowest is bold; - is not finished.{beside}"
-
-
-def place(cfg: DictConfig, *keys: str | None) -> tuple[Any, ...]:
-    return tuple(value(cfg, key) if key else None for key in keys)
-
-
-def value(cfg: DictConfig, key: str) -> Any:
-    found = OmegaConf.select(cfg, key)
-    if found is None:
-        raise ConfigError(f"a figure asks for {key}, which {cfg.name} does not have; mend the figures of the sweep")
-    return found
 
 
 def scaling(data: Data, x: str, series: str | None = None) -> Drawn:
@@ -329,5 +262,6 @@ KINDS: dict[str, Callable[..., Drawn]] = {
     "final": final,
     "grid": lambda data, panels=None, **keys: grid(data, panels_=panels, **keys),
     "scaling": scaling,
+    "gains": gains,
     "positions": positions,
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from .cells import Cell
-from .figures import Figure
+from .layout import Figure
 from .runs import Unfinished
 from .table import Table
 

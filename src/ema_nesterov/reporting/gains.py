@@ -1,0 +1,77 @@
+"""What a lookahead, and its control, gain over the base as something else changes: a learning rate, the batch."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from .cells import Cell, Comparison, Statistic
+from .layout import BASE, HEIGHT, WIDTH, Data, Drawn, colors, value
+
+
+def gains(data: Data, x: str) -> Drawn:
+    shown = [c for c in data.comparisons if c.same_length and c.base.is_base and c.pairs]
+    if not shown:
+        return None
+    noises = {cell.first.tokens_per_step: found for cell in data.cells if cell.is_base and (found := noise(cell))}
+    with_noise = x == "batch_size" and bool(noises)
+    drawing, axes = plt.subplots(
+        1, 1 + with_noise, figsize=(WIDTH * (1 + with_noise), HEIGHT), layout="constrained", squeeze=False
+    )
+    draw_gains(axes[0][0], shown, x)
+    if not with_noise:
+        return drawing, f"Final loss less that of the base of the same seed, over {x}: mean and 95% interval."
+    late = [median(scales) for scales in noises.values()]
+    axes[0][0].axvspan(min(late), max(late) * 1.001, color="0.5", alpha=0.15, lw=0, label="gradient noise scale")
+    axes[0][0].legend()
+    draw_noise(axes[0][1], data)
+    return drawing, (
+        "Left: final loss less that of the base of the same seed, over the batch: mean and 95% interval; grey: the "
+        "medians of the base's gradient noise scale. Right: that scale as training goes on. Batches below it are "
+        "mostly noise."
+    )
+
+
+def draw_gains(ax: Axes, comparisons: list[Comparison], x: str) -> None:
+    ax.axhline(0, color=BASE, lw=0.8)
+    names = list(dict.fromkeys(c.cell.name for c in comparisons))
+    firsts = [next(c.cell for c in comparisons if c.cell.name == name) for name in names]
+    for first, color in colors(firsts):
+        points = sorted((spot(c.cell, x), c.difference) for c in comparisons if c.cell.name == first.name)
+        spots = [place for place, _ in points]
+        means = [d.mean for _, d in points if d]
+        bars = [d.interval[1] - d.mean if d and d.interval else 0.0 for _, d in points]
+        ax.errorbar(spots, means, bars, color=color, marker="o", ms=4, capsize=2, label=first.name)
+    ax.set_xscale("log", base=2)
+    ticks = sorted({spot(c.cell, x) for c in comparisons})
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel="tokens of a batch" if x == "batch_size" else x, ylabel="nats less the base's (below 0: ahead)")
+    ax.legend()
+
+
+def spot(cell: Cell, x: str) -> float:
+    return cell.first.tokens_per_step if x == "batch_size" else value(cell.first.config, x)
+
+
+def draw_noise(ax: Axes, data: Data) -> None:
+    bases = sorted((cell for cell in data.cells if cell.is_base), key=lambda cell: cell.first.tokens_per_step)
+    for i, cell in enumerate(bases):
+        by_step: dict[int, list[float]] = {}
+        for run in cell.runs:
+            for step, scale in zip(*run.curve("noise/scale"), strict=True):
+                by_step.setdefault(step, []).append(scale)
+        if by_step:
+            steps = sorted(by_step)
+            means = [Statistic(tuple(by_step[step])).mean for step in steps]
+            ax.plot(steps, means, color=f"C{i}", marker=".", label=f"batches of {cell.first.tokens_per_step}")
+    ax.set_yscale("log")
+    ax.set(xlabel="step", ylabel="gradient noise scale, tokens")
+    ax.legend()
+
+
+def noise(cell: Cell) -> list[float]:
+    """Every measurement of the gradient noise scale of these runs, in tokens."""
+    return [scale for run in cell.runs for scale in run.curve("noise/scale")[1]]

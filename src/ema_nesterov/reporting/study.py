@@ -1,0 +1,268 @@
+"""A study as one Markdown page, made of CSV files that `write_results` wrote.
+
+Seed 0 chooses: the learning rate of each base, the values of each lookahead. The other seeds are counted: what was
+chosen because it came out well on one seed is judged on others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..sweeps.plan import open_sweep_file, sweep_names
+from .cells import Cell, Comparison, Statistic, cells_of, comparisons_of
+from .comparison import along
+from .figures import draw_all, stages
+from .layout import Data, Figure
+from .results import TABLES, distinct, read_results
+from .runs import Run
+from .table import SEEDS, Table, interval, share, spread, table_of_cells
+
+CHOOSING = 0  # the seed that does
+AHEAD, BEHIND, UNCLEAR = "ahead", "behind", "not told apart"
+COUNTED = 3  # seeds that a comparison needs, to be one
+Key = tuple[str, str, int]  # model, optimizer, tokens of a batch
+
+
+@dataclass
+class Study:
+    name: str
+    title: str
+    figures: list[dict[str, Any]]
+    words: str  # what its authors make of it: NAME.md beside the data
+    runs: list[Run]
+    devices: list[str]
+    commits: list[str]
+
+    def __post_init__(self) -> None:
+        self.cells = cells_of([run for run in self.runs if run.config.seed != CHOOSING])
+        self.comparisons = [c for c in comparisons_of(self.cells) if c.same_length and len(c.pairs) >= COUNTED]
+        self.choosing = [run for run in self.runs if run.config.seed == CHOOSING]
+
+    @property
+    def rates(self) -> dict[Key, dict[float, float]]:
+        """The final loss of each base on the choosing seed, by its learning rate."""
+        found: dict[Key, dict[float, float]] = {}
+        for run in self.choosing:
+            if run.is_base:
+                found.setdefault(key_of(run), {})[run.config.optimizer.lr] = run.loss
+        return found
+
+    def is_tuned(self, run: Run) -> bool:
+        rates = self.rates.get(key_of(run), {})
+        return bool(rates) and run.config.optimizer.lr == min(rates, key=lambda lr: rates[lr])
+
+
+def key_of(run: Run) -> Key:
+    return run.config.model.name, run.config.optimizer.name, run.tokens_per_step
+
+
+def open_studies(folder: Path, configs: Path) -> list[Study]:
+    """Raises DataError where the folder holds no results, or some that were not exported by this code."""
+    known = {name.replace("/", "_"): name for name in sweep_names(configs)}
+    beside = tuple(f"_{table}" for table in TABLES)
+    paths = [path for path in sorted(folder.glob("*.csv")) if not path.stem.endswith(beside)]
+    if not paths:
+        raise DataError(f"{folder} holds no results; python scripts/report.py sweep=NAME export={folder} writes some")
+    studies = []
+    for path in paths:
+        if path.stem not in known:
+            raise DataError(f"{path} is of no sweep of configs/sweep; take it away")
+        file, words = open_sweep_file(configs, known[path.stem]), path.with_suffix(".md")
+        text = words.read_text().strip() if words.exists() else ""
+        ran = (distinct(path, "device"), distinct(path, "commit"))
+        studies.append(Study(known[path.stem], file.title, file.figures, text, read_results(path, configs), *ran))
+    return studies
+
+
+HEAD = """# Does a lookahead help?
+
+`python scripts/report.py data=FOLDER` wrote this page from the CSV files in this folder: its numbers are theirs."""
+
+
+def write_study(studies: Sequence[Study], output: Path) -> None:
+    """README.md and its figures, in `output`."""
+    parts = [HEAD]
+    for study in studies:
+        parts += page(study, output)
+    (output / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def page(study: Study, output: Path) -> list[str]:
+    data = Data(cells_of(study.runs), comparisons_of(cells_of(study.runs)), [], {})
+    return [
+        f"## {study.title}",
+        inventory(study),
+        *([study.words] if study.words else []),
+        "### Against the base",
+        headline(study),
+        markdown(against_base(study)),
+        "### The learning rate of each base",
+        f"Final loss at x on seed {CHOOSING}, which chooses (bold); the other seeds are counted.",
+        markdown(rates(study)),
+        "### The values of each lookahead",
+        f"On seed {CHOOSING}, at the base's learning rate: final loss less the base's, in nats.",
+        markdown(values(study)),
+        "### The loss at the lookahead point",
+        *lines(positions(study)),
+        "### All that was counted",
+        SEEDS,
+        markdown(table_of_cells(study.cells, study.comparisons, {})),
+        "### Figures",
+        *(shown(figure) for figure in draw_all(study.figures, data, output, f"{study.name.replace('/', '_')}_")),
+    ]
+
+
+def inventory(study: Study) -> str:
+    models, datasets = (sorted({run.config[key].name for run in study.runs}) for key in ("model", "dataset"))
+    tokens = sum(run.config.steps * run.tokens_per_step for run in study.runs) / 1e6
+    hours = sum(run.final["time"] for run in study.runs) / 3600
+    table = f"{study.name.replace('/', '_')}.csv"
+    return (
+        f"{len(study.runs)} runs of {', '.join(models)} on {', '.join(datasets)}, {tokens:,.0f}M tokens and "
+        f"{hours:.1f} hours in all, on {' and '.join(study.devices)} (revisions {', '.join(study.commits)}). "
+        f"`python scripts/sweep.py run sweep={study.name}` repeats them; the column `command` of [{table}]({table}), "
+        "behind `python scripts/train.py`, repeats one."
+    )
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+def headline(study: Study) -> str:
+    """How often EMA-Nesterov came out ahead of its tuned base, and of its control."""
+    mine = [c for c in study.comparisons if c.cell.first.config.lookahead.name == "ema_nesterov" and tuned(study, c)]
+    texts = []
+    for is_control, whose in ((False, "its base"), (True, "the base at its learning rate (the control)")):
+        found = [verdict(c) for c in mine if c.is_control == is_control]
+        told = ", ".join(
+            f"{found.count(word)} {word}" for word in ("ahead", "behind", "not told apart") if word in found
+        )
+        if told:
+            texts.append(
+                f"EMA-Nesterov against {whose}, {len(found)} comparisons over {COUNTED} or more seeds: {told}."
+            )
+    return " ".join(texts) or "No comparison has enough seeds yet."
+
+
+def tuned(study: Study, comparison: Comparison) -> bool:
+    return study.is_tuned(comparison.cell.first)
+
+
+def verdict(comparison: Comparison) -> str:
+    """By the 95% interval of the paired differences."""
+    assert comparison.difference is not None
+    low, high = comparison.difference.interval or (-math.inf, math.inf)
+    return AHEAD if high < 0 else BEHIND if low > 0 else UNCLEAR
+
+
+def against_base(study: Study) -> Table:
+    columns = ("config", "lr", "batch", "seeds", "loss - base", "95%", "steps saved", "loss - control", "95%", "so")
+    rows = []
+    for cell in study.cells:
+        mine = [c for c in study.comparisons if c.cell is cell]
+        base, control = (next((c for c in mine if c.is_control == wanted), None) for wanted in (False, True))
+        if base is not None:
+            cfg = cell.first.config
+            rate = f"{cfg.optimizer.lr:g}" + ("" if study.is_tuned(cell.first) else " (not tuned)")
+            place = [label(cell), rate, str(cell.first.tokens_per_step), str(len(base.pairs))]
+            rows.append([*place, *against(base), saved(base), *(against(control) if control else "--"), verdict(base)])
+    return Table("against", "Against the base", columns, rows, "")
+
+
+def label(cell: Cell) -> str:
+    cfg = cell.first.config
+    if cell.first.matched_alpha:
+        return f"{cell.name}, alpha {cell.first.matched_alpha:g}"
+    return ", ".join([cell.name, settings(cfg.lookahead)]) if cell.first.has_lookahead else cell.name
+
+
+def settings(lookahead: Any) -> str:
+    """What a table says of a lookahead."""
+    names = {"ema_decay": "gamma"}
+    kept = (
+        key for key in ("alpha", "ema_decay", "k", "lr", "momentum", "mu_x", "mu_y") if lookahead.get(key) is not None
+    )
+    return " ".join(f"{names.get(key, key)} {lookahead[key]:g}" for key in kept)
+
+
+def against(comparison: Comparison) -> tuple[str, str]:
+    assert comparison.difference is not None
+    return spread(comparison.difference, 4, sign=True), interval(comparison.difference, sign=True)
+
+
+def saved(comparison: Comparison) -> str:
+    if not comparison.saved:
+        return "not reached"
+    steps = Statistic(tuple(steps for steps, _, _ in comparison.saved))
+    few = "" if steps.n == len(comparison.pairs) else f", {steps.n} of {len(comparison.pairs)} seeds"
+    return share(steps.mean, comparison.base.first.status["step"]) + few
+
+
+# --- what was chosen ------------------------------------------------------------------------------
+
+
+def rates(study: Study) -> Table:
+    rows = []
+    for (model, optimizer, batch), found in study.rates.items():
+        best = min(found, key=lambda lr: found[lr])
+        inner = min(found) < best < max(found)
+        tried = ", ".join(
+            f"**{lr:g}: {loss:.4f}**" if lr == best else f"{lr:g}: {loss:.4f}" for lr, loss in sorted(found.items())
+        )
+        rows.append([model, optimizer, str(batch), tried, "yes" if inner else "no"])
+    return Table("rates", "", ("model", "optimizer", "batch", "lr: loss", "bracketed"), rows, "")
+
+
+def values(study: Study) -> Table:
+    bases = {(key_of(run), run.config.optimizer.lr): run.loss for run in study.choosing if run.is_base}
+    tried = [run for run in study.choosing if run.has_lookahead and (key_of(run), run.config.optimizer.lr) in bases]
+    tried.sort(key=lambda run: (run.name, run.tokens_per_step))
+    rows = []
+    for (name, batch), group in groupby(tried, key=lambda run: (run.name, run.tokens_per_step)):
+        gains = {settings(r.config.lookahead): r.loss - bases[key_of(r), r.config.optimizer.lr] for r in group}
+        best = min(gains, key=lambda text: gains[text])
+        rows.append([name, str(batch), chosen({text: f"{gain:+.4f}" for text, gain in gains.items()}, best)])
+    return Table("values", "", ("runs", "batch", "values: loss - base"), rows, "")
+
+
+def chosen(found: dict[str, str], best: str) -> str:
+    return "; ".join(f"**{key}: {value}**" if key == best else f"{key}: {value}" for key, value in found.items())
+
+
+def positions(study: Study) -> Iterable[str]:
+    """Where along x + a d the loss was lowest, in each stage and direction: the paper's Figures 2 and 8."""
+    for cell in study.cells:
+        for stage, step in stages(cell.first).items():
+            told = []
+            for direction, name in (("ema", "the EMA of the updates"), ("step", "the last update")):
+                found = [line for run in cell.runs if (line := along(run, step, direction))]
+                if found:
+                    heights = {a: Statistic(tuple(line[a] - line[0.0] for line in found)).mean for a in found[0]}
+                    lowest = min(heights, key=lambda a: heights[a])
+                    told.append(
+                        f"along {name} at a = {lowest:+g} ({heights[lowest]:+.4f}; {heights[1.0]:+.4f} at a = 1)"
+                    )
+            yield f"- {label(cell)}, {stage}, step {step}: lowest {', '.join(told)}"
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def markdown(table: Table) -> str:
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def lines(found: Iterable[str]) -> list[str]:
+    text = "\n".join(found)
+    return [text] if text else ["No run was probed."]
+
+
+def shown(figure: Figure) -> str:
+    return f"![{figure.caption}]({figure.svg.stem}.png)\n\n{figure.caption}"
