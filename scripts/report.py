@@ -122,8 +122,8 @@ def export(args: Arguments, folder: Path) -> None:
         raise ConfigError("export= needs a sweep, whose manifest has the commands of its runs; type sweep=NAME")
     sweep = begun(args)
     runs, others = runs_of(sweep)
-    commands = {entry.folder: entry.overrides for entry in sweep.entries}
-    paths = write_results([(run, commands[run.folder]) for run in runs], folder, sweep.name.replace("/", "_"))
+    entries = {entry.folder: entry for entry in sweep.entries}
+    paths = write_results([(run, entries[run.folder]) for run in runs], folder, sweep.name.replace("/", "_"))
     for line in [*(f"not exported: {other}" for other in others), *map(str, paths)]:
         print(line)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from ..cli import composed_each
 from ..errors import DataError, one_line
+from ..sweeps.manifest import Entry
 from ..training.identity import identity
 from .runs import Run
 
@@ -37,15 +38,14 @@ TABLES = {  # columns, and the keys of metrics.jsonl; the first of them that is 
 }
 
 
-def write_results(runs: Iterable[tuple[Run, list[str]]], folder: Path, name: str) -> list[Path]:
-    """Write the tables of these runs, each with its command's overrides; returns the files."""
-    runs = list(runs)
+def write_results(runs: Sequence[tuple[Run, Entry]], folder: Path, name: str) -> list[Path]:
+    """Write the tables of these runs of a sweep; returns the files."""
     paths = [folder / f"{name}.csv", *(folder / f"{name}_{table}.csv" for table in TABLES)]
-    write_table(paths[0], COLUMNS, [row(run, overrides) for run, overrides in runs])
+    write_table(paths[0], COLUMNS, [row(run, entry) for run, entry in runs])
     for path, keys in zip(paths[1:], TABLES.values(), strict=True):
         marker = list(keys.values())[len(PLACE)]
-        lines = ((run, line) for run, _ in runs for line in run.metrics if marker in line)
-        rows = [{"run": id_of(run), **{column: line.get(key) for column, key in keys.items()}} for run, line in lines]
+        lines = ((entry.id, line) for run, entry in runs for line in run.metrics if marker in line)
+        rows = [{"run": id, **{column: line.get(key) for column, key in keys.items()}} for id, line in lines]
         write_table(path, ("run", *keys), rows)
     return paths
 
@@ -57,7 +57,7 @@ def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any
         writer.writerows(rows)
 
 
-def row(run: Run, overrides: list[str]) -> dict[str, Any]:
+def row(run: Run, entry: Entry) -> dict[str, Any]:
     cfg, header = run.config, provenance_of(run)
     look, schedule = cfg.lookahead, cfg.schedule
     other = {key: look[key] for key in look if key not in ("name", "alpha", "ema_decay") and look[key] is not None}
@@ -80,13 +80,9 @@ def row(run: Run, overrides: list[str]) -> dict[str, Any]:
         "matched_alpha": run.matched_alpha or None,
         "other": " ".join(f"{key}={value}" for key, value in other.items()),
         "seconds": run.final["time"],
-        "run": id_of(run),
-        "command": shlex.join([*overrides]),
+        "run": entry.id,
+        "command": shlex.join(entry.overrides),
     }
-
-
-def id_of(run: Run) -> str:
-    return f"{identity(run.config)}/seed{run.config.seed}"
 
 
 def provenance_of(run: Run) -> dict[str, str]:
@@ -126,8 +122,8 @@ def distinct(path: Path, column: str) -> list[str]:
 
 def opened(path: Path, row: dict[str, str], cfg: DictConfig, metrics: list[dict[str, Any]]) -> Run:
     run = Run(Path(row["run"]), cfg, {"status": "finished", "step": cfg.steps}, metrics)
-    if id_of(run) != row["run"]:
-        raise DataError(f"{path}: the command of {row['run']} composes {id_of(run)} now: the configs have changed")
+    if (id := f"{identity(cfg)}/seed{cfg.seed}") != row["run"]:
+        raise DataError(f"{path}: the command of {row['run']} composes {id} now: the configs have changed")
     if not run.curve("val/loss")[0] or run.loss != number(row["val_loss"]):
         raise DataError(f"{path}: val_loss of {row['run']} is not the last of its curve; export both again")
     return run
