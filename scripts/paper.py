@@ -59,7 +59,8 @@ def page() -> str:
     entries = load_published(DOCS / "paper_results.yaml")
     published = list(zip(entries, settings_of(entries, CONFIGS), strict=True))
     sections, rows = [], []
-    for name in sorted(sweep_names(CONFIGS), key=lambda name: ("/" in name or name == "quickstart", order(name))):
+    ours = [name for name in sweep_names(CONFIGS) if not name.startswith("study/")]
+    for name in sorted(ours, key=lambda name: ("/" in name or name == "quickstart", order(name))):
         file = open_sweep_file(CONFIGS, name)
         runs = plan(CONFIGS, [split(command) for command in file.runs], [])
         costs = [price for run in runs if (price := cost(run.cfg, DOCS / "benchmarks.json"))]

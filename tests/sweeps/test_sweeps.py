@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from ema_nesterov.config import check, typed
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.sweeps.cost import ASSUMED_MFU, PEAK, cost
+from ema_nesterov.sweeps.launch import launch
 from ema_nesterov.sweeps.manifest import Sweep, freeze, is_frozen, open_sweep, sweep_folder
 from ema_nesterov.sweeps.plan import SweepFile, expand, merge, plan
 from ema_nesterov.sweeps.state import state_of, states
@@ -233,3 +235,15 @@ def test_every_sweep_of_the_paper_composes_and_its_page_is_up_to_date() -> None:
         "Table 2",
     ):
         assert f"\n## {figure}" in page
+
+
+def test_runs_side_by_side_part_the_cores(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os\nprint(os.environ['OMP_NUM_THREADS'])")
+    cores = len(os.sched_getaffinity(0))
+    for given, slots, wanted in ((None, 1, cores), (None, cores, 1), (None, 2 * cores, 1), ("3", cores, 3)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        launch(script, sweep, sweep.entries[:1], [[]] * slots, lambda line: None)
+        assert (sweep.folder / "logs" / "0.log").read_text().split()[-1] == str(wanted)

@@ -40,11 +40,11 @@ class Data:
         return [run for cell in self.cells for run in cell.runs]
 
     def where(self, wanted: dict[str, Any]) -> Data:
-        """What is left of runs that have these values of these keys, or one of a list of them."""
+        """What is left of runs that have these values of these keys, or one of a list, or not the key at all."""
 
         def fits(cfg: DictConfig | None) -> bool:
-            found = ((None if cfg is None else OmegaConf.select(cfg, key), want) for key, want in wanted.items())
-            return all(is_ in (want if isinstance(want, list) else [want]) for is_, want in found)
+            found = [(None if cfg is None else OmegaConf.select(cfg, key), want) for key, want in wanted.items()]
+            return all(is_ is None or is_ in (want if isinstance(want, list) else [want]) for is_, want in found)
 
         cells = cells_of([run for run in self.runs if fits(run.config)])
         old = {id(run): i for i, cell in enumerate(self.cells) for run in cell.runs}

@@ -140,13 +140,9 @@ def headline(study: Study) -> str:
     texts = []
     for is_control, whose in ((False, "its base"), (True, "the base at its learning rate (the control)")):
         found = [verdict(c) for c in mine if c.is_control == is_control]
-        told = ", ".join(
-            f"{found.count(word)} {word}" for word in ("ahead", "behind", "not told apart") if word in found
-        )
-        if told:
-            texts.append(
-                f"EMA-Nesterov against {whose}, {len(found)} comparisons over {COUNTED} or more seeds: {told}."
-            )
+        counts = [f"{found.count(word)} {word}" for word in (AHEAD, BEHIND, UNCLEAR) if word in found]
+        if counts:
+            texts.append(f"EMA-Nesterov against {whose} in {len(found)} comparisons: {', '.join(counts)}.")
     return " ".join(texts) or "No comparison has enough seeds yet."
 
 
@@ -212,20 +208,18 @@ def rates(study: Study) -> Table:
     for (model, optimizer, batch), found in study.rates.items():
         best = min(found, key=lambda lr: found[lr])
         inner = min(found) < best < max(found)
-        tried = ", ".join(
-            f"**{lr:g}: {loss:.4f}**" if lr == best else f"{lr:g}: {loss:.4f}" for lr, loss in sorted(found.items())
-        )
+        tried = chosen({f"{lr:g}": f"{found[lr]:.4f}" for lr in sorted(found)}, f"{best:g}")
         rows.append([model, optimizer, str(batch), tried, "yes" if inner else "no"])
     return Table("rates", "", ("model", "optimizer", "batch", "lr: loss", "bracketed"), rows, "")
 
 
 def values(study: Study) -> Table:
-    bases = {(key_of(run), run.config.optimizer.lr): run.loss for run in study.choosing if run.is_base}
-    tried = [run for run in study.choosing if run.has_lookahead and (key_of(run), run.config.optimizer.lr) in bases]
+    bases = {key_of(run): run.loss for run in study.choosing if run.is_base and study.is_tuned(run)}
+    tried = [run for run in study.choosing if run.has_lookahead and study.is_tuned(run)]
     tried.sort(key=lambda run: (run.name, run.tokens_per_step))
     rows = []
     for (name, batch), group in groupby(tried, key=lambda run: (run.name, run.tokens_per_step)):
-        gains = {settings(r.config.lookahead): r.loss - bases[key_of(r), r.config.optimizer.lr] for r in group}
+        gains = {settings(r.config.lookahead): r.loss - bases[key_of(r)] for r in group}
         best = min(gains, key=lambda text: gains[text])
         rows.append([name, str(batch), chosen({text: f"{gain:+.4f}" for text, gain in gains.items()}, best)])
     return Table("values", "", ("runs", "batch", "values: loss - base"), rows, "")
