@@ -39,6 +39,7 @@ def fake_run(root: Path, lookahead: str, losses: list[float], *overrides: str, s
         for direction in ("ema", "step"):
             for a in (-1.0, 0.0, 1.0):
                 lines.append({"step": step, "probe/direction": direction, "probe/position": a, "probe/loss": 3 + a * a})
+        lines.append({"step": step, "noise/scale": 1000.0 * step})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "status.json").write_text(json.dumps({"status": status, "step": steps, "message": "", "exit_code": 0}))
 
@@ -76,6 +77,19 @@ def test_a_run_is_measured_against_the_run_without_lookahead(study: Path) -> Non
     assert base_of(runs[1], runs) is runs[0]
     assert base_of(runs[0], runs) is None
     assert [str(other).partition(": ")[2] for other in others] == ["diverged at step 40"]
+
+
+def test_a_figure_may_be_of_a_part_of_the_runs(seeds: Path) -> None:
+    """Of the base and the lookahead that are asked for; the base has no alpha, and stays."""
+    _, cells, comparisons = compared(seeds)
+    published = {0: Published("study/none", "a paper", loss=4.0)}
+    part = Data(cells, comparisons, [], published).where(
+        {"seed": [1, 2], "lookahead.alpha": 0.7, "schedule.matched_alpha": 0.0}
+    )
+    assert [(cell.name, len(cell.runs)) for cell in part.cells] == [("study/none", 2)]
+    part = Data(cells, comparisons, [], published).where({"name": ["study/ema_nesterov", "study/none"], "seed": 1})
+    assert [c.pairs[0][0].config.seed for c in part.comparisons] == [1]
+    assert part.published == published
 
 
 def test_a_base_with_other_settings_is_no_base(tmp_path: Path) -> None:
@@ -187,6 +201,7 @@ def test_a_page_shows_every_table_and_figure_in_a_browser_without_a_network(seed
         {"kind": "grid", **ema},
         {"kind": "grid", **ema, "panels": "seed"},
         {"kind": "scaling", "x": "batch_size"},
+        {"kind": "gains", "x": "batch_size", "title": "With noise"},
     ]
     assert {spec["kind"] for spec in wanted} == set(KINDS)
     figures = draw_all(wanted, Data(cells, comparisons, others, published), tmp_path)

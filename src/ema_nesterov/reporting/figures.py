@@ -9,8 +9,8 @@ of the runs that have these values alone, with title: ... under that heading.
     final        final perplexities: seeds, mean, 95% interval, the published number
     grid         final perplexity of the runs called `name` over two keys, `rows` and `columns`, and a third, `panels`
     scaling      final perplexity over the key `x`, a line for each name, and for each value of the key `series`
-    gains        final losses less the base's over the key `x`, a line for each name; with batch_size and runs that
-                 measured the gradient noise, its scale beside them
+    gains        final losses less the base's over the key `x`, a line for each name, where several bases share a value
+                 against the best; with batch_size and runs that measured the gradient noise, its scale beside them
     positions    the loss along x + a d while the learning rate is constant, and while it decays
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import mean, median
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -39,10 +39,10 @@ def draw_gains(ax: Axes, comparisons: list[Comparison], x: str) -> None:
     names = list(dict.fromkeys(c.cell.name for c in comparisons))
     firsts = [next(c.cell for c in comparisons if c.cell.name == name) for name in names]
     for first, color in colors(firsts):
-        points = sorted((spot(c.cell, x), c.difference) for c in comparisons if c.cell.name == first.name)
-        spots = [place for place, _ in points]
-        means = [d.mean for _, d in points if d]
-        bars = [d.interval[1] - d.mean if d and d.interval else 0.0 for _, d in points]
+        points = best_bases([c for c in comparisons if c.cell.name == first.name], x)
+        spots = list(points)
+        means = [d.mean for c in points.values() if (d := c.difference)]
+        bars = [d.interval[1] - d.mean if (d := c.difference) and d.interval else 0.0 for c in points.values()]
         ax.errorbar(spots, means, bars, color=color, marker="o", ms=4, capsize=2, label=first.name)
     ax.set_xscale("log", base=2)
     ticks = sorted({spot(c.cell, x) for c in comparisons})
@@ -50,6 +50,14 @@ def draw_gains(ax: Axes, comparisons: list[Comparison], x: str) -> None:
     ax.minorticks_off()
     ax.set(xlabel="tokens of a batch" if x == "batch_size" else x, ylabel="nats less the base's (below 0: ahead)")
     ax.legend()
+
+
+def best_bases(comparisons: list[Comparison], x: str) -> dict[float, Comparison]:
+    """By the value of x; of several, the one whose base ended lowest: at its best learning rate, say."""
+    found: dict[float, Comparison] = {}
+    for c in sorted(comparisons, key=lambda c: (spot(c.cell, x), mean(run.loss for run in c.base.runs))):
+        found.setdefault(spot(c.cell, x), c)
+    return found
 
 
 def spot(cell: Cell, x: str) -> float:

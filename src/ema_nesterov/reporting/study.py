@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ..errors import DataError
@@ -102,6 +103,10 @@ def page(study: Study, output: Path) -> list[str]:
         "### Against the base",
         headline(study),
         markdown(against_base(study)),
+        "### Each at its own best learning rate",
+        "Of what was tried on counted seeds: the rate with the lowest mean loss for each, and the difference between "
+        "these, paired by seed. A lookahead that is only a larger step gains below the base's best rate, and not here.",
+        markdown(own_best(study)),
         "### The learning rate of each base",
         f"Final loss at x on seed {CHOOSING}, which chooses (bold); the other seeds are counted.",
         markdown(rates(study)),
@@ -139,7 +144,7 @@ def headline(study: Study) -> str:
     mine = [c for c in study.comparisons if c.cell.first.config.lookahead.name == "ema_nesterov" and tuned(study, c)]
     texts = []
     for is_control, whose in ((False, "its base"), (True, "the base at its learning rate (the control)")):
-        found = [verdict(c) for c in mine if c.is_control == is_control]
+        found = [verdict(c.difference) for c in mine if c.is_control == is_control]
         counts = [f"{found.count(word)} {word}" for word in (AHEAD, BEHIND, UNCLEAR) if word in found]
         if counts:
             texts.append(f"EMA-Nesterov against {whose} in {len(found)} comparisons: {', '.join(counts)}.")
@@ -150,10 +155,9 @@ def tuned(study: Study, comparison: Comparison) -> bool:
     return study.is_tuned(comparison.cell.first)
 
 
-def verdict(comparison: Comparison) -> str:
-    """By the 95% interval of the paired differences."""
-    assert comparison.difference is not None
-    low, high = comparison.difference.interval or (-math.inf, math.inf)
+def verdict(difference: Statistic | None) -> str:
+    """By the 95% interval of paired differences."""
+    low, high = (difference and difference.interval) or (-math.inf, math.inf)
     return AHEAD if high < 0 else BEHIND if low > 0 else UNCLEAR
 
 
@@ -167,8 +171,47 @@ def against_base(study: Study) -> Table:
             cfg = cell.first.config
             rate = f"{cfg.optimizer.lr:g}" + ("" if study.is_tuned(cell.first) else " (not tuned)")
             place = [label(cell), rate, str(cell.first.tokens_per_step), str(len(base.pairs))]
-            rows.append([*place, *against(base), saved(base), *(against(control) if control else "--"), verdict(base)])
+            rows.append(
+                [
+                    *place,
+                    *against(base),
+                    saved(base),
+                    *(against(control) if control else "--"),
+                    verdict(base.difference),
+                ]
+            )
     return Table("against", "Against the base", columns, rows, "")
+
+
+def own_best(study: Study) -> Table:
+    """Lookahead and base each at the rate that was best for it; only where both had a choice."""
+    columns = ("config", "batch", "rates", "its best", "base's best", "seeds", "loss - base", "95%", "so")
+    by_kind: dict[tuple[Key, str], list[Cell]] = {}
+    for cell in study.cells:
+        if len(cell.runs) >= COUNTED:
+            by_kind.setdefault((key_of(cell.first), label(cell)), []).append(cell)
+    choices = {kind: cells for kind, cells in by_kind.items() if len({rate(cell) for cell in cells}) > 1}
+    bases = {key: min(cells, key=mean_loss) for (key, _), cells in choices.items() if cells[0].is_base}
+    rows = []
+    for (key, name), cells in choices.items():
+        if key not in bases or cells[0].is_base:
+            continue
+        best, base = min(cells, key=mean_loss), bases[key]
+        losses = {run.config.seed: run.loss for run in base.runs}
+        seeds = [run for run in best.runs if run.config.seed in losses]
+        found = Statistic(tuple(run.loss - losses[run.config.seed] for run in seeds))
+        tried = ", ".join(f"{lr:g}" for lr in sorted(map(rate, cells)))
+        place = [name, str(key[2]), tried, f"{rate(best):g}", f"{rate(base):g}", str(found.n)]
+        rows.append([*place, spread(found, 4, sign=True), interval(found, sign=True), verdict(found)])
+    return Table("own_best", "", columns, rows, "")
+
+
+def rate(cell: Cell) -> float:
+    return cell.first.config.optimizer.lr
+
+
+def mean_loss(cell: Cell) -> float:
+    return mean(run.loss for run in cell.runs)
 
 
 def label(cell: Cell) -> str:
