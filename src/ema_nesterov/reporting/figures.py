@@ -243,7 +243,7 @@ def positions(data: Data) -> Drawn:
 
 
 def stages(run: Run) -> dict[str, int]:
-    """The probed steps that stand for a constant and for a decaying learning rate: the last of each."""
+    """The probed steps that stand for a constant and for a decaying learning rate: the last, and the middle one."""
     steps = sorted({line["step"] for line in run.metrics if "probe/loss" in line})
     if not steps:
         return {}
@@ -251,7 +251,7 @@ def stages(run: Run) -> dict[str, int]:
     full = max(rate(step) for step in range(0, run.config.steps, max(1, run.config.steps // 1000)))
     stable = [step for step in steps if rate(step - 1) >= 0.999 * full]
     decaying = [step for step in steps if step not in stable and step > max(stable, default=0)]
-    found = {"constant learning rate": stable[-1:], "decaying learning rate": decaying[-1:]}
+    found = {"constant learning rate": stable[-1:], "decaying learning rate": decaying[(len(decaying) - 1) // 2 :]}
     return {name: picked[0] for name, picked in found.items() if picked}
 
 
