@@ -23,8 +23,9 @@ from ..training.identity import identity
 from .runs import Run
 
 LOSSES = {"val_loss": "val/loss", "val_lookahead_loss": "val/lookahead_loss", "val_ema_loss": "val/ema_loss"}
+GROUPS = ("model", "dataset", "optimizer", "lookahead")
 COLUMNS = (
-    *("model", "dataset", "optimizer", "lookahead", "alpha", "ema_decay", "lr", "schedule", "steps", "tokens", "seed"),
+    *(*GROUPS, "alpha", "ema_decay", "lr", "schedule", "steps", "tokens", "seed"),
     *(*LOSSES, "device", "commit", "batch_tokens", "matched_alpha", "other", "seconds", "run", "command"),
 )
 PLACE = {"step": "step", "tokens": "tokens", "seconds": "time"}
@@ -62,13 +63,10 @@ def row(run: Run, entry: Entry) -> dict[str, Any]:
     look, schedule = cfg.lookahead, cfg.schedule
     other = {key: look[key] for key in look if key not in ("name", "alpha", "ema_decay") and look[key] is not None}
     return {
-        "model": cfg.model.name,
-        "dataset": cfg.dataset.name,
-        "optimizer": cfg.optimizer.name,
-        "lookahead": look.name,
+        **{key: cfg[key].get("name") or cfg[key].get("_target_") for key in GROUPS},
         "alpha": look.get("alpha"),
         "ema_decay": look.get("ema_decay"),
-        "lr": cfg.optimizer.lr,
+        "lr": cfg.optimizer.get("lr"),
         "schedule": f"{schedule.decay}, {schedule.decay_steps:g}",
         "steps": cfg.steps,
         "tokens": cfg.steps * run.tokens_per_step,

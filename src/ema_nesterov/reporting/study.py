@@ -171,15 +171,8 @@ def against_base(study: Study) -> Table:
             cfg = cell.first.config
             rate = f"{cfg.optimizer.lr:g}" + ("" if study.is_tuned(cell.first) else " (not tuned)")
             place = [label(cell), rate, str(cell.first.tokens_per_step), str(len(base.pairs))]
-            rows.append(
-                [
-                    *place,
-                    *against(base),
-                    saved(base),
-                    *(against(control) if control else "--"),
-                    verdict(base.difference),
-                ]
-            )
+            beyond = against(control) if control else ("-", "-")
+            rows.append([*place, *against(base), saved(base), *beyond, verdict(base.difference)])
     return Table("against", "Against the base", columns, rows, "")
 
 
