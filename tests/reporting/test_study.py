@@ -71,14 +71,14 @@ def test_seed_0_chooses_and_is_not_counted(data: Path, tmp_path: Path) -> None:
     page = (tmp_path / "README.md").read_text()
     assert "0.01: 5.0000; **0.02: 4.0000**; 0.04: 5.0000 | yes |" in page
     assert "EMA-Nesterov against its base in 1 comparisons: 1 ahead." in page
-    assert "**alpha 0.5 gamma 0.92: +0.9000**" in page
+    assert "**0.02, alpha 0.5 gamma 0.92: 4.9000**" in page
     gains = [-0.1 + seed**2 / 3000 for seed in (1, 2, 3)]
     half = 4.303 * stdev(gains) / 3**0.5
     line = next(line for line in page.splitlines() if line.startswith("| study/cpu/muon_ema_nesterov, alpha"))
     told = f"{mean(gains):+.4f} ± {stdev(gains):.4f} | {mean(gains) - half:+.4f} to {mean(gains) + half:+.4f} |"
     assert f"| 3 | {told}" in line
     assert line.endswith("| ahead |")
-    best = next(line for line in page.splitlines() if "| 2048 | 0.01, 0.02 | 0.02 | 0.02 | 3 |" in line)
+    best = next(line for line in page.splitlines() if "| 0.02, alpha 0.5 gamma 0.92 | 0.02 | 3 |" in line)
     assert best.endswith(f"{told} ahead |")
     assert "along the EMA of the updates at a = +1 (-1.0000; -1.0000 at a = 1)" in page
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from ..errors import DataError
@@ -53,6 +51,20 @@ class Study:
             if run.is_base:
                 found.setdefault(key_of(run), {})[run.config.optimizer.lr] = run.loss
         return found
+
+    @property
+    def tried(self) -> dict[tuple[Key, str], list[Run]]:
+        """The runs on the choosing seed of each lookahead and control, by name."""
+        found: dict[tuple[Key, str], list[Run]] = {}
+        for run in self.choosing:
+            if not run.is_base:
+                found.setdefault((key_of(run), run.name), []).append(run)
+        return found
+
+    def tuned_base(self, key: Key) -> Cell | None:
+        """The counted seeds of the base at the learning rate that was chosen."""
+        bases = (cell for cell in self.cells if cell.is_base and key_of(cell.first) == key)
+        return next((cell for cell in bases if self.is_tuned(cell.first)), None)
 
     def is_tuned(self, run: Run) -> bool:
         rates = self.rates.get(key_of(run), {})
@@ -103,15 +115,15 @@ def page(study: Study, output: Path) -> list[str]:
         "### Against the base",
         headline(study),
         markdown(against_base(study)),
-        "### Each at its own best learning rate",
-        "Of what was tried on counted seeds: the rate with the lowest mean loss for each, and the difference between "
-        "these, paired by seed. A lookahead that is only a larger step gains below the base's best rate, and not here.",
+        "### Each at its own best",
+        f"Seed {CHOOSING} chose the base's learning rate, and the learning rate and values of each lookahead; the "
+        "other seeds are counted, in pairs. What is only a larger step gains below the base's best rate, and not here.",
         markdown(own_best(study)),
         "### The learning rate of each base",
         f"Final loss at x on seed {CHOOSING}, which chooses (bold); the other seeds are counted.",
         markdown(rates(study)),
         "### The values of each lookahead",
-        f"On seed {CHOOSING}, at the base's learning rate: final loss less the base's, in nats.",
+        f"Likewise final losses on seed {CHOOSING}.",
         markdown(values(study)),
         "### The loss at the lookahead point",
         *lines(positions(study)),
@@ -177,34 +189,29 @@ def against_base(study: Study) -> Table:
 
 
 def own_best(study: Study) -> Table:
-    """Lookahead and base each at the rate that was best for it; only where both had a choice."""
-    columns = ("config", "batch", "rates", "its best", "base's best", "seeds", "loss - base", "95%", "so")
-    by_kind: dict[tuple[Key, str], list[Cell]] = {}
-    for cell in study.cells:
-        if len(cell.runs) >= COUNTED:
-            by_kind.setdefault((key_of(cell.first), label(cell)), []).append(cell)
-    choices = {kind: cells for kind, cells in by_kind.items() if len({rate(cell) for cell in cells}) > 1}
-    bases = {key: min(cells, key=mean_loss) for (key, _), cells in choices.items() if cells[0].is_base}
+    """Everything as the choosing seed chose it, the learning rate of the lookahead included."""
+    columns = ("runs", "batch", "lr, values", "base's lr", "seeds", "loss - base", "95%", "so")
     rows = []
-    for (key, name), cells in choices.items():
-        if key not in bases or cells[0].is_base:
+    for (key, name), tried in study.tried.items():
+        best, base = min(tried, key=lambda run: run.loss), study.tuned_base(key)
+        if base is None:
             continue
-        best, base = min(cells, key=mean_loss), bases[key]
+        counted = next((cell for cell in study.cells if cell.first.folder.parent == best.folder.parent), Cell([]))
         losses = {run.config.seed: run.loss for run in base.runs}
-        seeds = [run for run in best.runs if run.config.seed in losses]
-        found = Statistic(tuple(run.loss - losses[run.config.seed] for run in seeds))
-        tried = ", ".join(f"{lr:g}" for lr in sorted(map(rate, cells)))
-        place = [name, str(key[2]), tried, f"{rate(best):g}", f"{rate(base):g}", str(found.n)]
+        pairs = [(run.loss, losses[run.config.seed]) for run in counted.runs if run.config.seed in losses]
+        place = [name, str(key[2]), described(best), f"{base.first.config.optimizer.lr:g}", str(len(pairs))]
+        if len(pairs) < COUNTED:
+            rows.append([*place, "-", "-", "not counted"])
+            continue
+        found = Statistic(tuple(loss - its for loss, its in pairs))
         rows.append([*place, spread(found, 4, sign=True), interval(found, sign=True), verdict(found)])
     return Table("own_best", "", columns, rows, "")
 
 
-def rate(cell: Cell) -> float:
-    return cell.first.config.optimizer.lr
-
-
-def mean_loss(cell: Cell) -> float:
-    return mean(run.loss for run in cell.runs)
+def described(run: Run) -> str:
+    """The learning rate, and what a table says of a lookahead or a control."""
+    alpha = f"alpha {run.matched_alpha:g}" if run.matched_alpha else settings(run.config.lookahead)
+    return f"{run.config.optimizer.lr:g}, {alpha}" if alpha else f"{run.config.optimizer.lr:g}"
 
 
 def label(cell: Cell) -> str:
@@ -250,15 +257,11 @@ def rates(study: Study) -> Table:
 
 
 def values(study: Study) -> Table:
-    bases = {key_of(run): run.loss for run in study.choosing if run.is_base and study.is_tuned(run)}
-    tried = [run for run in study.choosing if run.has_lookahead and study.is_tuned(run)]
-    tried.sort(key=lambda run: (run.name, run.tokens_per_step))
     rows = []
-    for (name, batch), group in groupby(tried, key=lambda run: (run.name, run.tokens_per_step)):
-        gains = {settings(r.config.lookahead): r.loss - bases[key_of(r)] for r in group}
-        best = min(gains, key=lambda text: gains[text])
-        rows.append([name, str(batch), chosen({text: f"{gain:+.4f}" for text, gain in gains.items()}, best)])
-    return Table("values", "", ("runs", "batch", "values: loss - base"), rows, "")
+    for (key, name), tried in study.tried.items():
+        losses = {described(run): f"{run.loss:.4f}" for run in sorted(tried, key=lambda run: run.config.optimizer.lr)}
+        rows.append([name, str(key[2]), chosen(losses, described(min(tried, key=lambda run: run.loss)))])
+    return Table("values", "", ("runs", "batch", "lr, values: loss"), rows, "")
 
 
 def chosen(found: dict[str, str], best: str) -> str:
