@@ -84,7 +84,8 @@ def curves(data: Data, x: str = "step", metric: str = "val/loss") -> Drawn:
         ax.set_ylim(min(lows) - margin, max(ends) + margin)
         ax.set(title=about(family), xlabel=x, ylabel="validation loss at x, nats per token")
         ax.legend()
-    return drawing, "Validation loss: mean over seeds, and their range. Dotted: published."
+    dotted = " Dotted: published." if data.published else ""
+    return drawing, f"Validation loss: mean over seeds, and their range.{dotted}"
 
 
 def differences(data: Data) -> Drawn:
