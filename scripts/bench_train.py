@@ -60,7 +60,7 @@ from ema_nesterov.training.run import split_batch
 from ema_nesterov.training.speed import PEAK_FLOPS, flops_per_token
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-QUIET = ("eval_every=0", "probe_every=0", "checkpoint_every=0", "log_every=1", "logger=local")
+QUIET = ("eval_every=0", "probe_every=0", "noise_every=0", "checkpoint_every=0", "log_every=1", "logger=local")
 
 
 @dataclass

@@ -16,7 +16,8 @@ import torch
 from ema_nesterov.training.distributed import Ranks
 from tests.conftest import ROOT, TINY, Refused
 
-SMALL = [o for o in TINY if not o.startswith(("eval_every", "probe_every", "checkpoint_every", "log_every"))]
+OFTEN = ("eval_every", "probe_every", "noise_every", "checkpoint_every", "log_every")
+SMALL = [o for o in TINY if not o.startswith(OFTEN)]
 SHORT = ["warmup=1", "timed=1", "turns=2"]
 
 

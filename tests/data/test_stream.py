@@ -136,7 +136,7 @@ def test_what_the_reading_process_cannot_do_is_said_in_one_line(raw, t5: Path, t
 @pytest.mark.usefixtures("inline_stream")
 def test_a_run_that_streams_goes_on_from_a_checkpoint_on_more_ranks(raw, t5: Path, tmp_path: Path) -> None:
     keys = [*TINY, "model.vocab_size=32000", "steps=6", "checkpoint_every=3", "eval_every=3", "probe_every=0"]
-    keys += [*overrides(raw[0], tmp_path / "val", t5), f"runs_dir={tmp_path / 'runs'}"]
+    keys += ["noise_every=0", *overrides(raw[0], tmp_path / "val", t5), f"runs_dir={tmp_path / 'runs'}"]
     assert run(composed(*keys)) == FINISHED
     folder = run_folder(tmp_path / "runs")
     expected = read_metrics(folder)

@@ -89,8 +89,8 @@ def test_probes_switched_on_in_mid_run_are_refused(tmp_path: Path, sample: Path)
 
 
 def test_the_micro_batch_changes_losses_by_rounding_alone(tmp_path: Path, sample: Path) -> None:
-    whole = read_metrics(train(tmp_path / "whole", sample, "micro_batch_size=12"))
-    parts = read_metrics(train(tmp_path / "parts", sample, "micro_batch_size=1"))
+    whole = read_metrics(train(tmp_path / "whole", sample, "micro_batch_size=12", "noise_every=0"))
+    parts = read_metrics(train(tmp_path / "parts", sample, "micro_batch_size=1", "noise_every=0"))
     for a, b in zip(whole, parts, strict=True):
         for key in a:
             assert a[key] == (pytest.approx(b[key], abs=1e-5, rel=1e-5) if isinstance(a[key], float) else b[key])
@@ -213,6 +213,7 @@ def test_exported_weights_are_the_iterate_and_checkpoints_the_lookahead_point(st
 def test_ranks_prepare_data_once_resume_bit_for_bit_and_agree_with_one(tmp_path: Path, ranks: int) -> None:
     path = tmp_path / "data" / "sample"  # not there yet: the real text comes out of the package
     overrides = [*TINY, f"dataset.path={path}", "steps=12", "checkpoint_every=5", "eval_every=6", "probe_every=6"]
+    overrides += ["noise_every=0"]  # its estimate depends on which rows a micro-batch holds
     done = train_process(*overrides, f"runs_dir={tmp_path / 'straight'}", ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in path.iterdir()} == {
