@@ -61,9 +61,9 @@ class Arguments:
 def main() -> None:
     args = arguments(Arguments, __doc__)
     if args.data is not None:
-        return report_on_data(Path(args.data), writable(Path(args.output or args.data)))
+        return report_on_data(Path(args.data), Path(args.output or args.data))
     if args.export is not None:
-        return export(args, writable(Path(args.export)))
+        return export(args, Path(args.export))
     wanted: list[dict[str, Any]]
     if args.wandb is not None:
         folder = Path()
@@ -109,11 +109,11 @@ def begun(args: Arguments) -> Sweep:
     return open_sweep(folder)
 
 
-def writable(folder: Path) -> Path:
+def writable(folder: Path, key: str = "output") -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ConfigError(f"cannot write {folder}: {e.strerror}; type output=FOLDER") from None
+        raise ConfigError(f"cannot write {folder}: {e.strerror}; type {key}=FOLDER") from None
     return folder
 
 
@@ -123,13 +123,14 @@ def export(args: Arguments, folder: Path) -> None:
     sweep = begun(args)
     runs, others = runs_of(sweep)
     entries = {entry.folder: entry for entry in sweep.entries}
-    paths = write_results([(run, entries[run.folder]) for run in runs], folder, sweep.name.replace("/", "_"))
+    paths = write_results([(run, entries[run.folder]) for run in runs], writable(folder, "export"), sweep.name)
     for line in [*(f"not exported: {other}" for other in others), *map(str, paths)]:
         print(line)
 
 
 def report_on_data(data: Path, output: Path) -> None:
-    write_study(open_studies(data, CONFIGS), output)
+    studies = open_studies(data, CONFIGS)
+    write_study(studies, writable(output))
     print(output / "README.md")
 
 

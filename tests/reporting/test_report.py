@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ema_nesterov.cli import composed_each
-from ema_nesterov.errors import DataError
+from ema_nesterov.errors import ConfigError, DataError
 from ema_nesterov.reporting.cells import Cell, Comparison, Statistic, cells_of, comparisons_of
 from ema_nesterov.reporting.figures import KINDS, draw_all
 from ema_nesterov.reporting.layout import Data
@@ -90,6 +90,8 @@ def test_a_figure_may_be_of_a_part_of_the_runs(seeds: Path) -> None:
     part = Data(cells, comparisons, [], published).where({"name": ["study/ema_nesterov", "study/none"], "seed": 1})
     assert [c.pairs[0][0].config.seed for c in part.comparisons] == [1]
     assert part.published == published
+    with pytest.raises(ConfigError, match=r"where: lookahead\.alhpa, a key that no config has"):
+        part.where({"lookahead.alhpa": 0.5})
 
 
 def test_a_base_with_other_settings_is_no_base(tmp_path: Path) -> None:

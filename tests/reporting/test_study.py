@@ -53,13 +53,13 @@ def finished(folder: Path) -> list[tuple[Run, Entry]]:
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
-    write_results(finished(tmp_path), folder, "study_cpu")
+    write_results(finished(tmp_path), folder, "study/cpu")
     return folder
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     runs = finished(tmp_path)
-    write_results(runs, tmp_path, "study_cpu")
+    write_results(runs, tmp_path, "study/cpu")
     for (run, entry), again in zip(runs, read_results(tmp_path / "study_cpu.csv", CONFIGS), strict=True):
         assert again.config == run.config
         assert again.metrics == run.metrics
@@ -114,19 +114,19 @@ def test_files_that_do_not_fit_are_told(file: str, old: str, new: str, line: str
 
 def test_a_folder_without_results_is_refused(tmp_path: Path, refused: Refused) -> None:
     refused("report.py", [f"data={tmp_path}"], "holds no results; python scripts/report.py sweep=NAME export=")
-    refused("report.py", [f"export={tmp_path}"], "export= needs a sweep")
+    refused("report.py", [f"export={tmp_path / 'new'}"], "export= needs a sweep")
+    refused("report.py", [f"data={tmp_path / 'nowhere'}"], "holds no results")
+    assert not list(tmp_path.iterdir())
 
 
 # --- the study that is committed ------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="no results yet")
 def test_the_committed_page_is_that_of_the_committed_data(tmp_path: Path) -> None:
     write_study(open_studies(RESULTS, CONFIGS), tmp_path)
     assert (tmp_path / "README.md").read_bytes() == (RESULTS / "README.md").read_bytes()
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="no results yet")
 def test_the_committed_headline_follows_from_the_table_of_runs() -> None:
     """Computed here anew, out of the CSV file alone."""
     with open(RESULTS / "study_cpu.csv") as f:

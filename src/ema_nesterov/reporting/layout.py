@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure as Drawing
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError
+from ..schemas import SCHEMAS
 from .cells import Cell, Comparison, cells_of, comparisons_of, problem
 from .published import Published
 from .runs import Run, Unfinished
@@ -40,7 +41,13 @@ class Data:
         return [run for cell in self.cells for run in cell.runs]
 
     def where(self, wanted: dict[str, Any]) -> Data:
-        """What is left of runs that have these values of these keys, or one of a list, or not the key at all."""
+        """What is left of runs that have these values of these keys, or one of a list, or not the key at all.
+
+        Raises ConfigError for a key that no config has.
+        """
+        names = {f.name for schema in SCHEMAS.values() for f in fields(schema)}
+        if unknown := [key for key in wanted if not names.issuperset(key.split("."))]:
+            raise ConfigError(f"a figure asks for where: {unknown[0]}, a key that no config has; mend it")
 
         def fits(cfg: DictConfig | None) -> bool:
             found = [(None if cfg is None else OmegaConf.select(cfg, key), want) for key, want in wanted.items()]

@@ -39,9 +39,14 @@ TABLES = {  # columns, and the keys of metrics.jsonl; the first of them that is 
 }
 
 
-def write_results(runs: Sequence[tuple[Run, Entry]], folder: Path, name: str) -> list[Path]:
+def stem(sweep: str) -> str:
+    """What the files of a sweep are called."""
+    return sweep.replace("/", "_")
+
+
+def write_results(runs: Sequence[tuple[Run, Entry]], folder: Path, sweep: str) -> list[Path]:
     """Write the tables of these runs of a sweep; returns the files."""
-    paths = [folder / f"{name}.csv", *(folder / f"{name}_{table}.csv" for table in TABLES)]
+    paths = [folder / f"{stem(sweep)}.csv", *(folder / f"{stem(sweep)}_{table}.csv" for table in TABLES)]
     write_table(paths[0], COLUMNS, [row(run, entry) for run, entry in runs])
     for path, keys in zip(paths[1:], TABLES.values(), strict=True):
         marker = list(keys.values())[len(PLACE)]

@@ -18,7 +18,7 @@ from .cells import Cell, Comparison, Statistic, cells_of, comparisons_of
 from .comparison import along
 from .figures import draw_all, stages
 from .layout import Data, Figure
-from .results import TABLES, distinct, read_results
+from .results import TABLES, distinct, read_results, stem
 from .runs import Run
 from .table import SEEDS, Table, interval, share, spread, table_of_cells
 
@@ -77,7 +77,7 @@ def key_of(run: Run) -> Key:
 
 def open_studies(folder: Path, configs: Path) -> list[Study]:
     """Raises DataError where the folder holds no results, or some that were not exported by this code."""
-    known = {name.replace("/", "_"): name for name in sweep_names(configs)}
+    known = {stem(name): name for name in sweep_names(configs)}
     beside = tuple(f"_{table}" for table in TABLES)
     paths = [path for path in sorted(folder.glob("*.csv")) if not path.stem.endswith(beside)]
     if not paths:
@@ -114,24 +114,24 @@ def page(study: Study, output: Path) -> list[str]:
         *([study.words] if study.words else []),
         "### Against the base",
         headline(study),
-        markdown(against_base(study)),
+        against_base(study).markdown(),
         "### Each at its own best",
         f"Seed {CHOOSING} chose the base's learning rate, and the learning rate and values of each lookahead; the "
         "other seeds are counted, in pairs. What is only a larger step gains below the base's best rate, and not here.",
-        markdown(own_best(study)),
+        own_best(study).markdown(),
         "### The learning rate of each base",
         f"Final loss at x on seed {CHOOSING}, which chooses (bold); the other seeds are counted.",
-        markdown(rates(study)),
+        rates(study).markdown(),
         "### The values of each lookahead",
         f"Likewise final losses on seed {CHOOSING}.",
-        markdown(values(study)),
+        values(study).markdown(),
         "### The loss at the lookahead point",
-        *lines(positions(study)),
+        "\n".join(positions(study)) or "No run was probed.",
         "### All that was counted",
         SEEDS,
-        markdown(table_of_cells(study.cells, study.comparisons, {})),
+        table_of_cells(study.cells, study.comparisons, {}).markdown(),
         "### Figures",
-        *(shown(figure) for figure in draw_all(study.figures, data, output, f"{study.name.replace('/', '_')}_")),
+        *(shown(figure) for figure in draw_all(study.figures, data, output, f"{stem(study.name)}_")),
     ]
 
 
@@ -139,7 +139,7 @@ def inventory(study: Study) -> str:
     models, datasets = (sorted({run.config[key].name for run in study.runs}) for key in ("model", "dataset"))
     tokens = sum(run.config.steps * run.tokens_per_step for run in study.runs) / 1e6
     hours = sum(run.final["time"] for run in study.runs) / 3600
-    table = f"{study.name.replace('/', '_')}.csv"
+    table = f"{stem(study.name)}.csv"
     return (
         f"{len(study.runs)} runs of {', '.join(models)} on {', '.join(datasets)}, {tokens:,.0f}M tokens and "
         f"{hours:.1f} hours in all, on {' and '.join(study.devices)} (revisions {', '.join(study.commits)}). "
@@ -153,7 +153,11 @@ def inventory(study: Study) -> str:
 
 def headline(study: Study) -> str:
     """How often EMA-Nesterov came out ahead of its tuned base, and of its control."""
-    mine = [c for c in study.comparisons if c.cell.first.config.lookahead.name == "ema_nesterov" and tuned(study, c)]
+    mine = [
+        c
+        for c in study.comparisons
+        if c.cell.first.config.lookahead.name == "ema_nesterov" and study.is_tuned(c.cell.first)
+    ]
     texts = []
     for is_control, whose in ((False, "its base"), (True, "the base at its learning rate (the control)")):
         found = [verdict(c.difference) for c in mine if c.is_control == is_control]
@@ -161,10 +165,6 @@ def headline(study: Study) -> str:
         if counts:
             texts.append(f"EMA-Nesterov against {whose} in {len(found)} comparisons: {', '.join(counts)}.")
     return " ".join(texts) or "No comparison has enough seeds yet."
-
-
-def tuned(study: Study, comparison: Comparison) -> bool:
-    return study.is_tuned(comparison.cell.first)
 
 
 def verdict(difference: Statistic | None) -> str:
@@ -282,19 +282,6 @@ def positions(study: Study) -> Iterable[str]:
                         f"along {name} at a = {lowest:+g} ({heights[lowest]:+.4f}; {heights[1.0]:+.4f} at a = 1)"
                     )
             yield f"- {label(cell)}, {stage}, step {step}: lowest {', '.join(told)}"
-
-
-# --- Markdown -------------------------------------------------------------------------------------
-
-
-def markdown(table: Table) -> str:
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def lines(found: Iterable[str]) -> list[str]:
-    text = "\n".join(found)
-    return [text] if text else ["No run was probed."]
 
 
 def shown(figure: Figure) -> str:

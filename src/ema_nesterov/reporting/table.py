@@ -63,8 +63,11 @@ class Table:
                 writer = csv.DictWriter(f, list(dict.fromkeys(key for row in self.data for key in row)))
                 writer.writeheader()
                 writer.writerows(self.data)
+        (folder / f"{self.name}.md").write_text(f"{self.markdown()}\n")
+
+    def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        (folder / f"{self.name}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # --- runs -----------------------------------------------------------------------------------------
