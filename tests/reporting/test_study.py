@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -71,7 +72,7 @@ def test_seed_0_chooses_and_is_not_counted(data: Path, tmp_path: Path) -> None:
     page = (tmp_path / "README.md").read_text()
     assert "0.01: 5.0000; **0.02: 4.0000**; 0.04: 5.0000 | yes |" in page
     assert "EMA-Nesterov against its base in 1 comparisons: 1 ahead." in page
-    assert "**0.02, alpha 0.5 gamma 0.92: 4.9000**" in page
+    assert "| 0.02 | **alpha 0.5 gamma 0.92: 4.9000** |" in page
     gains = [-0.1 + seed**2 / 3000 for seed in (1, 2, 3)]
     half = 4.303 * stdev(gains) / 3**0.5
     line = next(line for line in page.splitlines() if line.startswith("| study/cpu/muon_ema_nesterov, alpha"))
@@ -125,6 +126,15 @@ def test_a_folder_without_results_is_refused(tmp_path: Path, refused: Refused) -
 def test_the_committed_page_is_that_of_the_committed_data(tmp_path: Path) -> None:
     write_study(open_studies(RESULTS, CONFIGS), tmp_path)
     assert (tmp_path / "README.md").read_bytes() == (RESULTS / "README.md").read_bytes()
+
+
+def test_the_page_shows_pictures_that_exist(tmp_path: Path) -> None:
+    write_study(open_studies(RESULTS, CONFIGS), tmp_path)
+    pictures = re.findall(r"\]\((\w+\.png)\)", (RESULTS / "README.md").read_text())
+    assert pictures[0] == "study_cpu_headline.png"
+    for picture in pictures:
+        assert (RESULTS / picture).exists()
+        assert (tmp_path / picture).exists()
 
 
 def test_the_committed_headline_follows_from_the_table_of_runs() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import mean, median
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .cells import Cell, Comparison, Statistic
 from .layout import BASE, HEIGHT, WIDTH, Data, Drawn, colors, value
+
+AHEAD, BEHIND, UNCLEAR = "C2", "C3", "0.45"  # colours of a verdict
 
 
 def gains(data: Data, x: str) -> Drawn:
@@ -32,6 +37,26 @@ def gains(data: Data, x: str) -> Drawn:
         "medians of the base's gradient noise scale. Right: that scale as training goes on. Batches below it are "
         "mostly noise."
     )
+
+
+def forests(shown: Mapping[str, Mapping[str, Statistic]]) -> Figure:
+    """By title and label: seeds, mean and 95% interval of differences. One axis a title: their scales differ."""
+    rows = [len(differences) for differences in shown.values()]
+    drawing, axes = plt.subplots(
+        len(shown), 1, figsize=(2 * WIDTH, 0.3 * sum(rows) + len(rows)), height_ratios=rows, layout="constrained"
+    )
+    for ax, (title, differences) in zip(np.atleast_1d(axes), shown.items(), strict=True):
+        for i, d in enumerate(differences.values()):
+            low, high = d.interval or (d.mean, d.mean)
+            color = AHEAD if high < 0 else BEHIND if low > 0 else UNCLEAR
+            ax.plot(d.values, [i] * d.n, "|", color=color, ms=5, alpha=0.5)
+            ax.errorbar(d.mean, i, xerr=[[d.mean - low], [high - d.mean]], color=color, marker="o", ms=4, capsize=3)
+        ax.axvline(0, color=BASE, lw=0.8)
+        ax.set_yticks(range(len(differences)), list(differences))
+        ax.invert_yaxis()
+        ax.margins(y=0.5 / len(differences))
+        ax.set(title=title, xlabel="nats less the tuned base's (below 0: ahead)")
+    return drawing
 
 
 def draw_gains(ax: Axes, comparisons: list[Comparison], x: str) -> None:

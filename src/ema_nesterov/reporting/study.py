@@ -7,16 +7,20 @@ chosen because it came out well on one seed is judged on others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+
 from ..errors import DataError
+from ..plotting import STYLE, save
 from ..sweeps.plan import open_sweep_file, sweep_names
 from .cells import Cell, Comparison, Statistic, cells_of, comparisons_of
 from .comparison import along
 from .figures import draw_all, stages
+from .gains import forests
 from .layout import Data, Figure
 from .results import TABLES, distinct, read_results, stem
 from .runs import Run
@@ -66,9 +70,32 @@ class Study:
         bases = (cell for cell in self.cells if cell.is_base and key_of(cell.first) == key)
         return next((cell for cell in bases if self.is_tuned(cell.first)), None)
 
+    def bests(self) -> Iterator[Best]:
+        """Each lookahead and control as the choosing seed chose it, its learning rate included."""
+        for (key, _), tried in self.tried.items():
+            run, base = min(tried, key=lambda run: run.loss), self.tuned_base(key)
+            if base is not None:
+                cell = next((cell for cell in self.cells if cell.first.folder.parent == run.folder.parent), Cell([]))
+                losses = {run.config.seed: run.loss for run in base.runs}
+                pairs = [(run.loss, losses[run.config.seed]) for run in cell.runs if run.config.seed in losses]
+                yield Best(run, base, Statistic(tuple(loss - its for loss, its in pairs)))
+
     def is_tuned(self, run: Run) -> bool:
         rates = self.rates.get(key_of(run), {})
         return bool(rates) and run.config.optimizer.lr == min(rates, key=lambda lr: rates[lr])
+
+
+@dataclass(frozen=True)
+class Best:
+    """What the choosing seed chose of one lookahead, and what the counted seeds say of it."""
+
+    run: Run
+    base: Cell  # at its own best learning rate
+    difference: Statistic
+
+    @property
+    def is_counted(self) -> bool:
+        return self.difference.n >= COUNTED
 
 
 def key_of(run: Run) -> Key:
@@ -112,6 +139,7 @@ def page(study: Study, output: Path) -> list[str]:
         f"## {study.title}",
         inventory(study),
         *([study.words] if study.words else []),
+        *draw_headline(study, output),
         "### Against the base",
         headline(study),
         against_base(study).markdown(),
@@ -189,29 +217,53 @@ def against_base(study: Study) -> Table:
 
 
 def own_best(study: Study) -> Table:
-    """Everything as the choosing seed chose it, the learning rate of the lookahead included."""
     columns = ("runs", "batch", "lr, values", "base's lr", "seeds", "loss - base", "95%", "so")
     rows = []
-    for (key, name), tried in study.tried.items():
-        best, base = min(tried, key=lambda run: run.loss), study.tuned_base(key)
-        if base is None:
-            continue
-        counted = next((cell for cell in study.cells if cell.first.folder.parent == best.folder.parent), Cell([]))
-        losses = {run.config.seed: run.loss for run in base.runs}
-        pairs = [(run.loss, losses[run.config.seed]) for run in counted.runs if run.config.seed in losses]
-        place = [name, str(key[2]), described(best), f"{base.first.config.optimizer.lr:g}", str(len(pairs))]
-        if len(pairs) < COUNTED:
-            rows.append([*place, "-", "-", "not counted"])
-            continue
-        found = Statistic(tuple(loss - its for loss, its in pairs))
-        rows.append([*place, spread(found, 4, sign=True), interval(found, sign=True), verdict(found)])
+    for best in study.bests():
+        found, rate = best.difference, best.base.first.config.optimizer.lr
+        place = [best.run.config.name, str(best.run.tokens_per_step), described(best.run), f"{rate:g}", str(found.n)]
+        told = (
+            (spread(found, 4, sign=True), interval(found, sign=True), verdict(found))
+            if best.is_counted
+            else ("-", "-", "not counted")
+        )
+        rows.append([*place, *told])
     return Table("own_best", "", columns, rows, "")
+
+
+def draw_headline(study: Study, output: Path) -> list[str]:
+    """Everything at its own best, and at the learning rate of its base."""
+    own = {f"{short(best.run)}, {described(best.run)}": best.difference for best in study.bests() if best.is_counted}
+    same = {
+        f"{short(c.cell.first)}, {described(c.cell.first)}": c.difference
+        for c in study.comparisons
+        if not c.is_control and study.is_tuned(c.cell.first) and c.difference
+    }
+    shown = {"each at its own best": own, "at the base's learning rate": same}
+    if not own and not same:
+        return []
+    with plt.rc_context(STYLE):
+        save(forests({title: found for title, found in shown.items() if found}), output, f"{stem(study.name)}_headline")
+    return [picture(f"{stem(study.name)}_headline", FOREST)]
+
+
+FOREST = (
+    "Final loss less that of the tuned base of the same seed: seeds, mean and 95% interval. Left of the line: ahead. "
+    "Behind each name, the learning rate and the values."
+)
+
+
+def short(run: Run) -> str:
+    return f"{run.config.name.rpartition('/')[2]}, {run.tokens_per_step} tokens"
 
 
 def described(run: Run) -> str:
     """The learning rate, and what a table says of a lookahead or a control."""
-    alpha = f"alpha {run.matched_alpha:g}" if run.matched_alpha else settings(run.config.lookahead)
-    return f"{run.config.optimizer.lr:g}, {alpha}" if alpha else f"{run.config.optimizer.lr:g}"
+    return ", ".join(filter(None, (f"{run.config.optimizer.lr:g}", values_of(run))))
+
+
+def values_of(run: Run) -> str:
+    return f"alpha {run.matched_alpha:g}" if run.matched_alpha else settings(run.config.lookahead)
 
 
 def label(cell: Cell) -> str:
@@ -259,9 +311,12 @@ def rates(study: Study) -> Table:
 def values(study: Study) -> Table:
     rows = []
     for (key, name), tried in study.tried.items():
-        losses = {described(run): f"{run.loss:.4f}" for run in sorted(tried, key=lambda run: run.config.optimizer.lr)}
-        rows.append([name, str(key[2]), chosen(losses, described(min(tried, key=lambda run: run.loss)))])
-    return Table("values", "", ("runs", "batch", "lr, values: loss"), rows, "")
+        best = min(tried, key=lambda run: run.loss)
+        for lr in sorted({run.config.optimizer.lr for run in tried}):
+            there = [run for run in tried if run.config.optimizer.lr == lr]
+            losses = {values_of(run): f"{run.loss:.4f}" for run in there}
+            rows.append([name, str(key[2]), f"{lr:g}", chosen(losses, values_of(best) if best in there else "")])
+    return Table("values", "", ("runs", "batch", "lr", "values: loss"), rows, "")
 
 
 def chosen(found: dict[str, str], best: str) -> str:
@@ -285,4 +340,8 @@ def positions(study: Study) -> Iterable[str]:
 
 
 def shown(figure: Figure) -> str:
-    return f"![{figure.caption}]({figure.svg.stem}.png)\n\n{figure.caption}"
+    return picture(figure.svg.stem, figure.caption)
+
+
+def picture(name: str, caption: str) -> str:
+    return f"![{caption}]({name}.png)\n\n{caption}"
