@@ -94,6 +94,20 @@ def test_a_figure_may_be_of_a_part_of_the_runs(seeds: Path) -> None:
         part.where({"lookahead.alhpa": 0.5})
 
 
+@pytest.mark.parametrize(
+    ("spec", "line"),
+    [
+        ({"kind": "curve"}, "kind=curve must be one of .*curves"),
+        ({"kind": "gains"}, "kind=gains: missing a required argument: 'x'; mend"),
+        ({"kind": "curves", "y": "step"}, "kind=curves: got an unexpected keyword argument 'y'; mend"),
+    ],
+)
+def test_a_figure_that_no_kind_draws_is_told(spec: dict[str, Any], line: str, seeds: Path) -> None:
+    _, cells, comparisons = compared(seeds)
+    with pytest.raises(ConfigError, match=line):
+        draw_all([spec], Data(cells, comparisons, [], {}), seeds)
+
+
 def test_a_base_with_other_settings_is_no_base(tmp_path: Path) -> None:
     fake_run(tmp_path, "none", [8.0, 4.0], "optimizer.lr=0.5")
     fake_run(tmp_path, "ema_nesterov", [8.0, 4.0])

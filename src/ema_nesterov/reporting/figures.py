@@ -16,6 +16,7 @@ of the runs that have these values alone, with title: ... under that heading.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
@@ -37,13 +38,17 @@ from .runs import Run
 
 
 def draw_all(wanted: list[dict[str, Any]], data: Data, folder: Path, prefix: str = "") -> list[Figure]:
-    """Raises ConfigError for a figure that does not exist. One that has nothing to show is left out."""
+    """Raises ConfigError for a figure or an option that does not exist. One that has nothing to show is left out."""
     figures = []
     for i, spec in enumerate(wanted):
         options = dict(spec)
         kind, where, title = options.pop("kind", None), options.pop("where", {}), options.pop("title", "")
         if kind not in KINDS:
             raise ConfigError(f"figure kind={kind} must be one of {', '.join(KINDS)}")
+        try:
+            inspect.signature(KINDS[kind]).bind(data, **options)
+        except TypeError as e:
+            raise ConfigError(f"figure kind={kind}: {e}; mend the figures of the sweep") from None
         shown = data.where(where) if where else data
         if not shown.cells:
             continue
