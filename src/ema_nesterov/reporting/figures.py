@@ -33,7 +33,7 @@ from ..plotting import STYLE, save
 from .cells import Cell, paired_curves
 from .comparison import along, draw_comparison
 from .gains import gains
-from .layout import BASE, CONTROL, WIDTH, Data, Drawn, Figure, about, colors, families, panels, place, value
+from .layout import BASE, CONTROL, WIDTH, Data, Drawn, Figure, about, colors, families, panels, place, ticks_at, value
 from .runs import Run
 
 
@@ -212,7 +212,7 @@ def scaling(data: Data, x: str, series: str | None = None) -> Drawn:
                 centers = [p.mean for p in found if p]
                 bars = [(p.interval[1] - p.mean) if p and p.interval else 0.0 for p in found]
                 ax.errorbar(spots, centers, bars, color=color, marker="o", ms=4, ls="--" if rule else "-", label=label)
-        ax.set_xscale("log", base=2)
+        ticks_at(ax, {value(cell.first.config, x) for cell in held})
         ax.set(title=model, xlabel=x, ylabel="final perplexity at x")
         ax.legend()
     return drawing, f"Final perplexity at x over {x}: mean and 95% interval over seeds."

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .cells import Cell, Comparison, Statistic
-from .layout import BASE, HEIGHT, WIDTH, Data, Drawn, colors, value
+from .layout import BASE, HEIGHT, WIDTH, Data, Drawn, colors, ticks_at, value
 
 AHEAD, BEHIND, UNCLEAR = "C2", "C3", "0.45"  # colours of a verdict
 
@@ -69,10 +69,7 @@ def draw_gains(ax: Axes, comparisons: list[Comparison], x: str) -> None:
         means = [d.mean for c in points.values() if (d := c.difference)]
         bars = [d.interval[1] - d.mean if (d := c.difference) and d.interval else 0.0 for c in points.values()]
         ax.errorbar(spots, means, bars, color=color, marker="o", ms=4, capsize=2, label=first.name)
-    ax.set_xscale("log", base=2)
-    ticks = sorted({spot(c.cell, x) for c in comparisons})
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
+    ticks_at(ax, {spot(c.cell, x) for c in comparisons})
     ax.set(xlabel="tokens of a batch" if x == "batch_size" else x, ylabel="nats less the base's (below 0: ahead)")
     ax.legend()
 

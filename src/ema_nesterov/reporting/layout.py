@@ -95,6 +95,13 @@ def colors(family: list[Cell]) -> Iterator[tuple[Cell, Any]]:
         yield cell, BASE if cell.is_base else CONTROL if cell.first.matched_alpha else next(rest)
 
 
+def ticks_at(ax: Axes, places: set[float]) -> None:
+    """A logarithmic axis that names the places that were measured."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(places), [f"{place:g}" for place in sorted(places)])
+    ax.minorticks_off()
+
+
 def about(family: list[Cell]) -> str:
     cfg = family[0].first.config
     optimizer = cfg.optimizer.get("name") or cfg.optimizer.get("_target_")
