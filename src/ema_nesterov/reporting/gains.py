@@ -20,18 +20,18 @@ def gains(data: Data, x: str) -> Drawn:
     shown = [c for c in data.comparisons if c.same_length and c.base.is_base and c.pairs]
     if not shown:
         return None
-    noises = {cell.first.tokens_per_step: found for cell in data.cells if cell.is_base and (found := noise(cell))}
-    with_noise = x == "batch_size" and bool(noises)
+    bases = measured_bases(data)
+    with_noise = x == "batch_size" and bool(bases)
     drawing, axes = plt.subplots(
         1, 1 + with_noise, figsize=(WIDTH * (1 + with_noise), HEIGHT), layout="constrained", squeeze=False
     )
     draw_gains(axes[0][0], shown, x)
     if not with_noise:
         return drawing, f"Final loss less that of the base of the same seed, over {x}: mean and 95% interval."
-    late = [median(scales) for scales in noises.values()]
+    late = [median(noise(cell)) for cell in bases]
     axes[0][0].axvspan(min(late), max(late) * 1.001, color="0.5", alpha=0.15, lw=0, label="gradient noise scale")
     axes[0][0].legend()
-    draw_noise(axes[0][1], data)
+    draw_noise(axes[0][1], bases)
     return drawing, (
         "Left: final loss less that of the base of the same seed, over the batch: mean and 95% interval; grey: the "
         "medians of the base's gradient noise scale. Right: that scale as training goes on. Batches below it are "
@@ -86,17 +86,24 @@ def spot(cell: Cell, x: str) -> float:
     return cell.first.tokens_per_step if x == "batch_size" else value(cell.first.config, x)
 
 
-def draw_noise(ax: Axes, data: Data) -> None:
-    bases = sorted((cell for cell in data.cells if cell.is_base), key=lambda cell: cell.first.tokens_per_step)
+def measured_bases(data: Data) -> list[Cell]:
+    """By batch, the base whose gradient noise was measured; of several, the one that ended lowest."""
+    found: dict[int, Cell] = {}
+    measured = [cell for cell in data.cells if cell.is_base and noise(cell)]
+    for cell in sorted(measured, key=lambda c: (c.first.tokens_per_step, mean(run.loss for run in c.runs))):
+        found.setdefault(cell.first.tokens_per_step, cell)
+    return list(found.values())
+
+
+def draw_noise(ax: Axes, bases: list[Cell]) -> None:
     for i, cell in enumerate(bases):
         by_step: dict[int, list[float]] = {}
         for run in cell.runs:
             for step, scale in zip(*run.curve("noise/scale"), strict=True):
                 by_step.setdefault(step, []).append(scale)
-        if by_step:
-            steps = sorted(by_step)
-            means = [Statistic(tuple(by_step[step])).mean for step in steps]
-            ax.plot(steps, means, color=f"C{i}", marker=".", label=f"batches of {cell.first.tokens_per_step}")
+        means = {step: mean(by_step[step]) for step in sorted(by_step)}
+        label = f"batches of {cell.first.tokens_per_step}"
+        ax.plot(list(means), list(means.values()), color=f"C{i}", marker=".", label=label)
     ax.set_yscale("log")
     ax.set(xlabel="step", ylabel="gradient noise scale, tokens")
     ax.legend()
