@@ -28,6 +28,9 @@ T = (
 )
 
 
+AHEAD, BEHIND, UNCLEAR = "ahead", "behind", "not told apart"
+
+
 @dataclass(frozen=True)
 class Statistic:
     values: tuple[float, ...]
@@ -51,6 +54,12 @@ class Statistic:
             return None
         half = (T[self.n - 2] if self.n - 2 < len(T) else 1.96) * self.sd / math.sqrt(self.n)
         return self.mean - half, self.mean + half
+
+    @property
+    def verdict(self) -> str:
+        """Of differences to a base, by their 95% interval."""
+        low, high = self.interval or (-math.inf, math.inf)
+        return AHEAD if high < 0 else BEHIND if low > 0 else UNCLEAR
 
 
 @dataclass

@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .cells import Cell, Comparison, Statistic
+from .cells import AHEAD, BEHIND, UNCLEAR, Cell, Comparison, Statistic
 from .layout import BASE, HEIGHT, WIDTH, Data, Drawn, colors, ticks_at, value
 
-AHEAD, BEHIND, UNCLEAR = "C2", "C3", "0.45"  # colours of a verdict
+VERDICTS = {AHEAD: "C2", BEHIND: "C3", UNCLEAR: "0.45"}  # colours
 
 
 def gains(data: Data, x: str) -> Drawn:
@@ -48,7 +48,7 @@ def forests(shown: Mapping[str, Mapping[str, Statistic]]) -> Figure:
     for ax, (title, differences) in zip(np.atleast_1d(axes), shown.items(), strict=True):
         for i, d in enumerate(differences.values()):
             low, high = d.interval or (d.mean, d.mean)
-            color = AHEAD if high < 0 else BEHIND if low > 0 else UNCLEAR
+            color = VERDICTS[d.verdict]
             ax.plot(d.values, [i] * d.n, "|", color=color, ms=5, alpha=0.5)
             ax.errorbar(d.mean, i, xerr=[[d.mean - low], [high - d.mean]], color=color, marker="o", ms=4, capsize=3)
         ax.axvline(0, color=BASE, lw=0.8)

@@ -6,7 +6,6 @@ chosen because it came out well on one seed is judged on others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import matplotlib.pyplot as plt
 from ..errors import DataError
 from ..plotting import STYLE, save
 from ..sweeps.plan import open_sweep_file, sweep_names
-from .cells import Cell, Comparison, Statistic, cells_of, comparisons_of
+from .cells import AHEAD, BEHIND, UNCLEAR, Cell, Comparison, Statistic, cells_of, comparisons_of
 from .comparison import along
 from .figures import draw_all, stages
 from .gains import forests
@@ -27,7 +26,6 @@ from .runs import Run
 from .table import SEEDS, Table, interval, share, spread, table_of_cells
 
 CHOOSING = 0  # the seed that does
-AHEAD, BEHIND, UNCLEAR = "ahead", "behind", "not told apart"
 COUNTED = 3  # seeds that a comparison needs, to be one
 Key = tuple[str, str, int]  # model, optimizer, tokens of a batch
 
@@ -139,7 +137,7 @@ def page(study: Study, output: Path) -> list[str]:
         f"## {study.title}",
         inventory(study),
         *([study.words] if study.words else []),
-        *draw_headline(study, output),
+        *draw_verdicts(study, output),
         "### Against the base",
         headline(study),
         against_base(study).markdown(),
@@ -188,17 +186,11 @@ def headline(study: Study) -> str:
     ]
     texts = []
     for is_control, whose in ((False, "its base"), (True, "the base at its learning rate (the control)")):
-        found = [verdict(c.difference) for c in mine if c.is_control == is_control]
+        found = [c.difference.verdict for c in mine if c.is_control == is_control and c.difference]
         counts = [f"{found.count(word)} {word}" for word in (AHEAD, BEHIND, UNCLEAR) if word in found]
         if counts:
             texts.append(f"EMA-Nesterov against {whose} in {len(found)} comparisons: {', '.join(counts)}.")
     return " ".join(texts) or "No comparison has enough seeds yet."
-
-
-def verdict(difference: Statistic | None) -> str:
-    """By the 95% interval of paired differences."""
-    low, high = (difference and difference.interval) or (-math.inf, math.inf)
-    return AHEAD if high < 0 else BEHIND if low > 0 else UNCLEAR
 
 
 def against_base(study: Study) -> Table:
@@ -207,12 +199,12 @@ def against_base(study: Study) -> Table:
     for cell in study.cells:
         mine = [c for c in study.comparisons if c.cell is cell]
         base, control = (next((c for c in mine if c.is_control == wanted), None) for wanted in (False, True))
-        if base is not None:
+        if base is not None and base.difference is not None:
             cfg = cell.first.config
             rate = f"{cfg.optimizer.lr:g}" + ("" if study.is_tuned(cell.first) else " (not tuned)")
             place = [label(cell), rate, str(cell.first.tokens_per_step), str(len(base.pairs))]
             beyond = against(control) if control else ("-", "-")
-            rows.append([*place, *against(base), saved(base), *beyond, verdict(base.difference)])
+            rows.append([*place, *against(base), saved(base), *beyond, base.difference.verdict])
     return Table("against", "Against the base", columns, rows, "")
 
 
@@ -223,7 +215,7 @@ def own_best(study: Study) -> Table:
         found, rate = best.difference, best.base.first.config.optimizer.lr
         place = [best.run.config.name, str(best.run.tokens_per_step), described(best.run), f"{rate:g}", str(found.n)]
         told = (
-            (spread(found, 4, sign=True), interval(found, sign=True), verdict(found))
+            (spread(found, 4, sign=True), interval(found, sign=True), found.verdict)
             if best.is_counted
             else ("-", "-", "not counted")
         )
@@ -231,30 +223,31 @@ def own_best(study: Study) -> Table:
     return Table("own_best", "", columns, rows, "")
 
 
-def draw_headline(study: Study, output: Path) -> list[str]:
+def draw_verdicts(study: Study, output: Path) -> list[str]:
     """Everything at its own best, and at the learning rate of its base."""
-    own = {f"{short(best.run)}, {described(best.run)}": best.difference for best in study.bests() if best.is_counted}
-    same = {
-        f"{short(c.cell.first)}, {described(c.cell.first)}": c.difference
-        for c in study.comparisons
-        if not c.is_control and study.is_tuned(c.cell.first) and c.difference
+    shown = {
+        "each at its own best": {named(best.run): best.difference for best in study.bests() if best.is_counted},
+        "at the base's learning rate": {
+            named(c.cell.first): c.difference
+            for c in study.comparisons
+            if not c.is_control and study.is_tuned(c.cell.first) and c.difference
+        },
     }
-    shown = {"each at its own best": own, "at the base's learning rate": same}
-    if not own and not same:
+    shown = {title: found for title, found in shown.items() if found}
+    if not shown:
         return []
+    name = f"{stem(study.name)}_headline"
     with plt.rc_context(STYLE):
-        save(forests({title: found for title, found in shown.items() if found}), output, f"{stem(study.name)}_headline")
-    return [picture(f"{stem(study.name)}_headline", FOREST)]
+        save(forests(shown), output, name)
+    caption = (
+        "Final loss less that of the tuned base of the same seed: seeds, mean and 95% interval. Left of the line: "
+        "ahead. Behind each name, the learning rate and the values."
+    )
+    return [picture(name, caption)]
 
 
-FOREST = (
-    "Final loss less that of the tuned base of the same seed: seeds, mean and 95% interval. Left of the line: ahead. "
-    "Behind each name, the learning rate and the values."
-)
-
-
-def short(run: Run) -> str:
-    return f"{run.config.name.rpartition('/')[2]}, {run.tokens_per_step} tokens"
+def named(run: Run) -> str:
+    return f"{run.config.name.rpartition('/')[2]}, {run.tokens_per_step} tokens, {described(run)}"
 
 
 def described(run: Run) -> str:
