@@ -5,7 +5,8 @@ runs    a folder of run folders, or a list [A,B] (default runs)
 wandb   the runs of a W&B project; with sweep=NAME those of that sweep, which need not be on this disk. They are fetched
         into run folders in `output`/wandb, finished ones once
 
-With sweep=NAME export=FOLDER the finished runs are written there as CSV files: a row a run, curves and probes beside.
+With sweep=NAME export=FOLDER the finished runs are written there as CSV files, beside those that stand there: a row a
+run, curves and probes beside.
 data=FOLDER reads those of sweeps that choose by seed 0 and count the other seeds (study/cpu), and writes README.md and
 its figures into `output` (default: beside them).
 
@@ -34,7 +35,7 @@ from ema_nesterov.reporting.from_wandb import fetch
 from ema_nesterov.reporting.layout import Data
 from ema_nesterov.reporting.page import write_page
 from ema_nesterov.reporting.published import load_published, published_for
-from ema_nesterov.reporting.results import write_results
+from ema_nesterov.reporting.results import exported, write_results
 from ema_nesterov.reporting.runs import find_runs, runs_of
 from ema_nesterov.reporting.study import open_studies, write_study
 from ema_nesterov.reporting.table import SHORT, Table, table_of_cells, table_of_pairs, table_of_runs, verdicts
@@ -123,8 +124,11 @@ def export(args: Arguments, folder: Path) -> None:
     sweep = begun(args)
     runs, others = runs_of(sweep)
     entries = {entry.folder: entry for entry in sweep.entries}
-    paths = write_results([(run, entries[run.folder]) for run in runs], writable(folder, "export"), sweep.name)
-    for line in [*(f"not exported: {other}" for other in others), *map(str, paths)]:
+    finished = [(run, entries[run.folder]) for run in runs]
+    paths = write_results(finished, writable(folder, "export"), sweep.name, [entry.id for entry in sweep.entries])
+    there = exported(folder, sweep.name)
+    missing = [other for other in others if entries[other.folder].id not in there]
+    for line in [*(f"not exported: {other}" for other in missing), *map(str, paths)]:
         print(line)
 
 

@@ -17,6 +17,7 @@ throttle   submit: array tasks at a time
 sbatch     submit: options for sbatch, e.g. sbatch="--partition=gpu --time=4:00:00"
 dry_run    submit: true prints the call and the tasks, and submits nothing
 diverged   run, resubmit: true takes the diverged runs again too
+exported   a folder that report.py export= wrote: its runs are over, though their folders are gone
 
 Any other KEY=VALUE goes to every run, as in scripts/train.py (seed=0,1,2 gives each of them). With run or submit a
 sweep is frozen: configs and git revision stand in runs_dir/sweeps/NAME from then on, whatever is edited later. A
@@ -64,6 +65,7 @@ class Arguments:
     sbatch: str = ""
     dry_run: bool = False
     diverged: bool = False
+    exported: str | None = None
     submission: int | None = None  # by slurm/array.sbatch, with its task
     task: int | None = None
     index: int | None = None  # of `train`, by `run`
@@ -143,6 +145,15 @@ def frozen(args: Arguments, overrides: list[str]) -> Sweep:
     return open_sweep(folder)
 
 
+def elsewhere(args: Arguments, name: str) -> set[str]:
+    """The runs of this sweep that `exported` has."""
+    if args.exported is None:
+        return set()
+    from ema_nesterov.reporting.results import exported  # here, as little else needs it
+
+    return exported(Path(args.exported), name)
+
+
 def frozen_at(sweep: Sweep) -> str:
     return f"frozen on {sweep.about['date']} at git revision {sweep.about['git'][:12]}"
 
@@ -161,7 +172,8 @@ def require_data(runs: list[Planned]) -> None:
 
 
 def show_plan(args: Arguments, overrides: list[str]) -> None:
-    folder, _ = folder_of(args)
+    folder, name = folder_of(args)
+    over = elsewhere(args, name)
     if is_frozen(folder):
         sweep = open_sweep(folder)
         print(f"{sweep.about['title']}\n{folder}, {frozen_at(sweep)}")
@@ -179,7 +191,8 @@ def show_plan(args: Arguments, overrides: list[str]) -> None:
     table = Table(box=SIMPLE_HEAD)
     for column in ("", "run", "settings", "state", "GPU-hours"):
         table.add_column(column, justify="right" if column in ("", "GPU-hours") else "left", overflow="fold")
-    costs, standing = [cost(cfg, BENCHMARKS) for *_, cfg in runs], [state_of(runs_dir / id) for id, *_ in runs]
+    costs = [cost(cfg, BENCHMARKS) for *_, cfg in runs]
+    standing = [state_of(runs_dir / id, exported=id in over) for id, *_ in runs]
     for i, (id, settings, _) in enumerate(runs):
         hours = f"{price.hours:.3g}" if (price := costs[i]) else "?"
         table.add_row(str(i), id, " ".join(settings), standing[i].name, hours)
@@ -199,11 +212,12 @@ def show_plan(args: Arguments, overrides: list[str]) -> None:
 def run(args: Arguments, overrides: list[str]) -> int:
     from ema_nesterov.sweeps.launch import launch, visible_gpus
 
+    over = elsewhere(args, folder_of(args)[1])
     sweep = begun(args, overrides)
     wanted = of_task(sweep, args)
-    todo = [entry for entry in wanted if to_do(state_of(entry.folder), args)]
+    standing = [state_of(entry.folder, exported=entry.id in over) for entry in wanted]
+    todo = [entry for entry, state in zip(wanted, standing, strict=True) if to_do(state, args)]
     if not todo:
-        standing = [state_of(entry.folder) for entry in wanted]
         print(f"nothing remains to be done: {summary(standing)}")
         return DIVERGED if any(state.name == "diverged" for state in standing) else FINISHED
     gpus = visible_gpus()
@@ -215,7 +229,7 @@ def run(args: Arguments, overrides: list[str]) -> int:
     slots = [apart[i % len(apart)] for i in range(count)]
     print(f"{len(todo)} of {len(wanted)} runs, {count} at a time: {sweep.folder}, {frozen_at(sweep)}", flush=True)
     code = launch(Path(__file__).resolve(), sweep, todo, slots, lambda line: print(line, flush=True))
-    print(summary([state_of(entry.folder) for entry in wanted]))
+    print(summary([state_of(entry.folder, exported=entry.id in over) for entry in wanted]))
     return code
 
 
@@ -248,12 +262,13 @@ def resubmit(args: Arguments, overrides: list[str]) -> int:
 
 def hand_over(sweep: Sweep, args: Arguments) -> int:
     """Give SLURM an array of what remains."""
+    over = elsewhere(args, sweep.name)
     gpus = sweep.about["gpus"] if args.gpus is None else args.gpus
     if args.pack > 1 and gpus > 1:
         raise ConfigError(f"pack={args.pack} packs runs of one GPU, these take {gpus}; type gpus=1")
     if shutil.which("sbatch") is None and not args.dry_run:
         raise ConfigError("sbatch is not found: SLURM is not installed here; type run in place of submit")
-    standing = states(sweep)
+    standing = states(sweep, over)
     todo = [entry.index for entry, state in zip(sweep.entries, standing, strict=True) if to_do(state, args)]
     if not todo:
         print(f"nothing remains to be done: {summary(standing)}")
@@ -291,7 +306,7 @@ def show(args: Arguments, overrides: list[str]) -> None:
     table = Table(box=SIMPLE_HEAD, title=sweep.about["title"], title_justify="left")
     for column in ("", "run", "state", "step", "reason"):
         table.add_column(column, justify="right" if column in ("", "step") else "left", overflow="fold")
-    standing = states(sweep)
+    standing = states(sweep, elsewhere(args, sweep.name))
     for entry, state in zip(sweep.entries, standing, strict=True):
         table.add_row(str(entry.index), entry.id, state.name, f"{state.step}/{entry.plain['steps']}", state.message)
     Console(width=None if sys.stdout.isatty() else 180, highlight=False).print(table)

@@ -53,18 +53,32 @@ def finished(folder: Path) -> list[tuple[Run, Entry]]:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    folder.mkdir()
-    write_results(finished(tmp_path), folder, "study/cpu")
+    write(finished(tmp_path), folder)
     return folder
+
+
+def write(runs: list[tuple[Run, Entry]], folder: Path) -> dict[str, bytes]:
+    """The files that this made."""
+    folder.mkdir(exist_ok=True)
+    paths = write_results(runs, folder, "study/cpu", [entry.id for _, entry in runs])
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     runs = finished(tmp_path)
-    write_results(runs, tmp_path, "study/cpu")
+    write(runs, tmp_path)
     for (run, entry), again in zip(runs, read_results(tmp_path / "study_cpu.csv", CONFIGS), strict=True):
         assert again.config == run.config
         assert again.metrics == run.metrics
         assert (again.loss, str(again.folder)) == (run.loss, entry.id)
+
+
+def test_runs_whose_folders_are_gone_stay(tmp_path: Path) -> None:
+    runs = finished(tmp_path)
+    at_once, order = write(runs, tmp_path / "at_once"), [entry.id for _, entry in runs]
+    for some in (runs[3:8], runs[6:], runs[:4]):  # some of them twice
+        paths = write_results(some, tmp_path, "study/cpu", order)
+    assert {path.name: path.read_bytes() for path in paths} == at_once
 
 
 def test_seed_0_chooses_and_is_not_counted(data: Path, tmp_path: Path) -> None:

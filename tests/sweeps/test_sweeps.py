@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from tests.sweeps.cluster import wait_until
 from tests.training.runs import at_step, stop
 
 CONFIGS = ROOT / "configs"
+Said = Callable[..., list[str]]
 SMALL = [o for o in TINY if not o.startswith("lookahead.")]
 
 
@@ -35,6 +38,20 @@ def sweep(tmp_path: Path, sample: Path) -> Sweep:
     """Frozen: the base and the lookahead, two seeds each, of ten steps."""
     runs = plan(CONFIGS, [["lookahead=none,ema_nesterov", "seed=0,1"]], [*SMALL, f"dataset.path={sample}"])
     return freeze(sweep_folder(tmp_path / "held", "a/b"), "a/b", SweepFile("A title", [], gpus=1), runs)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
+    """The lines that a script prints, where it ends well."""
+
+    def lines(script: str, *arguments: str) -> list[str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.setattr(sys, "exit", lambda code: code and pytest.fail(f"{script} ended with {code}"))
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return lines
 
 
 # --- which runs -----------------------------------------------------------------------------------
@@ -104,6 +121,21 @@ def test_states_tell_what_remains(sweep: Sweep, monkeypatch: pytest.MonkeyPatch)
     assert state_of(missing.folder, queued=True).name == "queued"
     (killed.folder / "status.json").write_text(json.dumps({"status": "diverged", "step": 3, "message": "loss"}))
     assert not state_of(killed.folder).remains
+
+
+def test_what_was_exported_is_not_run_again(sweep: Sweep, tmp_path: Path, said: Said) -> None:
+    """Though its folder is gone, as after an allocation whose disk is given back."""
+    first, second, *rest = sweep.entries
+    for entry in (first, second):
+        assert run(entry.cfg) == 0
+        told = said("report.py", f"sweep={sweep.folder}", f"export={tmp_path}")
+        assert sum("not exported" in line for line in told) == 3 - entry.index
+        shutil.rmtree(entry.folder)
+    assert len((tmp_path / "a_b.csv").read_text().splitlines()) == 3
+    *_, task = said("sweep.py", "resubmit", f"sweep={sweep.folder}", f"exported={tmp_path}", "dry_run=true", "pack=4")
+    assert task == f"task 0: {', '.join(entry.id for entry in rest)}"
+    *_, summary = said("sweep.py", "status", f"sweep={sweep.folder}", f"exported={tmp_path}")
+    assert summary == "2 exported, 2 missing"
 
 
 def test_a_run_costs_its_flops_at_the_rate_that_is_known(tmp_path: Path) -> None:
@@ -197,19 +229,10 @@ def test_damaged_files_of_a_sweep_are_told(sweep: Sweep, refused: Refused, tmp_p
     refused("sweep.py", own, "sweep.json has no title")
 
 
-def test_a_submission_is_an_array_of_what_remains(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import runpy
-
+def test_a_submission_is_an_array_of_what_remains(sweep: Sweep, said: Said) -> None:
     assert run(sweep.entries[1].cfg) == 0
-    capsys.readouterr()
     options = ["pack=2", "throttle=3", "dry_run=true", "sbatch=--partition=gpu --time=1:00:00"]
-    monkeypatch.setattr(sys, "argv", ["sweep.py", "submit", f"sweep={sweep.folder}", *options])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts" / "sweep.py"), run_name="__main__")
-    assert ended.value.code == 0
-    command, *tasks = capsys.readouterr().out.splitlines()
+    command, *tasks = said("sweep.py", "submit", f"sweep={sweep.folder}", *options)
     assert command.startswith("sbatch --parsable --array=0-1%3 --job-name=a/b")
     assert "--gpus-per-node=2" in command
     assert "--partition=gpu --time=1:00:00" in command
@@ -223,8 +246,6 @@ def test_a_submission_is_an_array_of_what_remains(
 
 
 def test_every_sweep_of_the_paper_composes_and_its_page_is_up_to_date() -> None:
-    import runpy
-
     page = runpy.run_path(str(ROOT / "scripts" / "paper.py"))["page"]()
     assert (ROOT / "docs" / "paper.md").read_text() == page, "type python scripts/paper.py"
     for figure in (

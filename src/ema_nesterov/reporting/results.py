@@ -44,16 +44,33 @@ def stem(sweep: str) -> str:
     return sweep.replace("/", "_")
 
 
-def write_results(runs: Sequence[tuple[Run, Entry]], folder: Path, sweep: str) -> list[Path]:
-    """Write the tables of these runs of a sweep; returns the files."""
-    paths = [folder / f"{stem(sweep)}.csv", *(folder / f"{stem(sweep)}_{table}.csv" for table in TABLES)]
-    write_table(paths[0], COLUMNS, [row(run, entry) for run, entry in runs])
-    for path, keys in zip(paths[1:], TABLES.values(), strict=True):
+def write_results(runs: Sequence[tuple[Run, Entry]], folder: Path, sweep: str, order: Sequence[str]) -> list[Path]:
+    """Write the tables of these runs of a sweep; returns the files.
+
+    What stands there of other runs stays: their folders may be gone. order: the ids of the sweep's runs.
+    """
+    tables = {path_of(folder, sweep): (COLUMNS, [row(run, entry) for run, entry in runs])}
+    for table, keys in TABLES.items():
         marker = list(keys.values())[len(PLACE)]
         lines = ((entry.id, line) for run, entry in runs for line in run.metrics if marker in line)
         rows = [{"run": id, **{column: line.get(key) for column, key in keys.items()}} for id, line in lines]
-        write_table(path, ("run", *keys), rows)
-    return paths
+        tables[path_of(folder, sweep, table)] = (("run", *keys), rows)
+    new, rank = {entry.id for _, entry in runs}, {id: i for i, id in enumerate(order)}
+    for path, (columns, rows) in tables.items():
+        rows[:0] = [line for line in (read_table(path, columns) if path.exists() else []) if line["run"] not in new]
+        rows.sort(key=lambda line: rank.get(line["run"], len(rank)))
+    for path, (columns, rows) in tables.items():  # once all could be read
+        write_table(path, columns, rows)
+    return list(tables)
+
+
+def path_of(folder: Path, sweep: str, table: str = "") -> Path:
+    return folder / f"{stem(sweep)}{table and '_'}{table}.csv"
+
+
+def exported(folder: Path, sweep: str) -> set[str]:
+    """The runs of a sweep that stand in a folder. Raises DataError where there are none."""
+    return set(distinct(path_of(folder, sweep), "run"))
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
@@ -138,7 +155,9 @@ def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
             reader = csv.DictReader(f)
             rows = list(reader)
     except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"{path} cannot be read ({one_line(e)}); type data=FOLDER") from None
+        raise DataError(
+            f"{path} cannot be read ({one_line(e)}); python scripts/report.py export=FOLDER writes it"
+        ) from None
     if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
         raise DataError(f"{path} has no column {missing[0]}; python scripts/report.py export=FOLDER writes it")
     if short := [i for i, line in enumerate(rows, start=2) if None in line.values() or None in line]:

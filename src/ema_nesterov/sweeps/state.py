@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +15,15 @@ from ..training.folder import read_status
 from ..training.logs import read_metrics
 from .manifest import Sweep
 
-OVER = ("finished", "diverged")  # nothing remains to be done
+OVER = ("finished", "exported", "diverged")  # nothing remains to be done
 BUSY = ("running", "queued")
 
 
 @dataclass(frozen=True)
 class State:
     """finished, diverged, failed, preempted: as in status.json. running: a process trains in the folder. killed: none
-    does, though status.json says running. queued: SLURM has it. missing: nothing has begun."""
+    does, though status.json says running. queued: SLURM has it. exported: its results are elsewhere. missing: nothing
+    has begun."""
 
     name: str
     step: int = 0
@@ -32,12 +34,14 @@ class State:
         return self.name not in (*OVER, *BUSY)
 
 
-def state_of(folder: Path, queued: bool = False) -> State:
-    """Of the run in this folder; queued: whether SLURM has it."""
+def state_of(folder: Path, queued: bool = False, exported: bool = False) -> State:
+    """Of the run in this folder; queued: whether SLURM has it; exported: whether its results stand elsewhere."""
     status = read_status(folder)
     name = status.get("status", "missing")
     if name != "finished" and is_locked(folder):
         name = "running"
+    elif name != "finished" and exported:
+        return State("exported")
     elif name not in OVER and queued:
         name = "queued"
     elif name == "running":
@@ -64,10 +68,10 @@ def last_step(metrics: Path, default: int) -> int:
     return lines[-1]["step"] if lines else default
 
 
-def states(sweep: Sweep) -> list[State]:
-    """Of all runs, in the manifest's order."""
+def states(sweep: Sweep, exported: Container[str] = ()) -> list[State]:
+    """Of all runs, in the manifest's order; exported: ids of runs whose results stand elsewhere."""
     waiting = in_queue(sweep)
-    return [state_of(entry.folder, entry.index in waiting) for entry in sweep.entries]
+    return [state_of(entry.folder, entry.index in waiting, entry.id in exported) for entry in sweep.entries]
 
 
 # --- SLURM ----------------------------------------------------------------------------------------
