@@ -201,6 +201,7 @@ def test_a_stopped_sweep_saves_its_runs_and_begins_no_other(tmp_path: Path, samp
         ("submit name=a pack=0", "pack=0 must be at least 1"),
         ("run name=a dataset=packaged dataset.path=x model=nanogpt_124m", "x does not exist; type python scripts"),
         ("train name=a runs_dir=RUNS index=0", "has not begun"),
+        ("plan name=a exported=RUNS/x", "x does not exist; python scripts/report.py export="),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_line(arguments: str, line: str, refused: Refused, tmp_path: Path) -> None:

@@ -69,8 +69,11 @@ def path_of(folder: Path, sweep: str, table: str = "") -> Path:
 
 
 def exported(folder: Path, sweep: str) -> set[str]:
-    """The runs of a sweep that stand in a folder. Raises DataError where there are none."""
-    return set(distinct(path_of(folder, sweep), "run"))
+    """The runs of a sweep that stand in a folder, maybe none yet. Raises DataError where there is no folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist; python scripts/report.py export={folder} makes it")
+    path = path_of(folder, sweep)
+    return set(distinct(path, "run")) if path.exists() else set()
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
