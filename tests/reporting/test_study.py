@@ -20,6 +20,7 @@ from ema_nesterov.training.folder import begin
 from tests.conftest import ROOT, Refused
 
 CONFIGS, RESULTS = ROOT / "configs", ROOT / "docs" / "results"
+DECIMALS = re.compile(r"[+-]?\d+\.\d{3,}")
 ENDS = {"muon": 4.0, "muon_ema_nesterov": 3.9, "muon_lr_matched": 4.1}  # and a hundredth for each seed
 
 
@@ -164,3 +165,15 @@ def test_the_committed_headline_follows_from_the_table_of_runs() -> None:
     label, told = "| study/cpu/muon_ema_nesterov, alpha 0.5 gamma 0.92 ", f"{mean(gains):+.4f} ± {stdev(gains):.4f}"
     lines = (RESULTS / "README.md").read_text().splitlines()
     assert any(line.startswith(label) and told in line for line in lines)
+
+
+def test_every_number_of_the_words_stands_in_the_tables() -> None:
+    """Those of three decimals or more: losses, and differences of losses. Rounded, and of either sign."""
+    words = (RESULTS / "study_cpu.md").read_text()
+    tables = (RESULTS / "README.md").read_text().replace(words.strip(), "")
+    in_tables = {abs(float(number)) for number in DECIMALS.findall(tables)}
+    said = DECIMALS.findall(words)
+    assert len(said) > 10
+    for number in said:
+        half = 0.5 * 10 ** -len(number.partition(".")[2]) + 1e-9
+        assert any(abs(abs(float(number)) - other) <= half for other in in_tables), number

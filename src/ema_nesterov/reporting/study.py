@@ -329,7 +329,8 @@ def positions(study: Study) -> Iterable[str]:
                     told.append(
                         f"along {name} at a = {lowest:+g} ({heights[lowest]:+.4f}; {heights[1.0]:+.4f} at a = 1)"
                     )
-            yield f"- {label(cell)}, {stage}, step {step}: lowest {', '.join(told)}"
+            where = f"{label(cell)}, {cell.first.tokens_per_step} tokens, {stage}, step {step}"
+            yield f"- {where}: lowest {', '.join(told)}"
 
 
 def shown(figure: Figure) -> str:
