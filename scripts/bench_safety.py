@@ -32,11 +32,10 @@ from rich.console import Console
 
 from ema_nesterov.cli import composed, parse
 from ema_nesterov.data.loader import MicroBatch
-from ema_nesterov.models import build_model
 from ema_nesterov.optim.build import build_optimizer
 from ema_nesterov.training.checkpoint import Saver
 from ema_nesterov.training.distributed import ranks
-from ema_nesterov.training.execution import autocast
+from ema_nesterov.training.execution import autocast, model_on
 from ema_nesterov.training.health import examine
 from ema_nesterov.training.loop import forward_backward, gradient_norm
 from ema_nesterov.training.memory import checkpoint_bytes
@@ -73,13 +72,12 @@ def run(arguments: list[str]) -> None:
 
 def measure(cfg: DictConfig, args: Arguments, group: Any, folder: Path) -> dict[str, float]:
     device = group.device
-    with device:
-        model = build_model(cfg.model, [], torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_on(cfg, device)
     optimizer = build_optimizer(model, cfg, group.group)
     replica: Any = torch.nn.parallel.DistributedDataParallel(model) if group.size > 1 else model
     tokens = torch.randint(cfg.model.vocab_size, (args.micro_batch_size, args.seq_len), device=device)
     batch = [MicroBatch(tokens, tokens.roll(-1, 1))]
-    precision = autocast(device, cfg.model.get("autocast", True))
+    precision = autocast(cfg, device)
 
     def train(check: bool) -> None:
         for _ in range(args.steps):

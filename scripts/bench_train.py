@@ -52,7 +52,7 @@ from ema_nesterov.lookahead import Wrapper
 from ema_nesterov.models import build_model
 from ema_nesterov.optim.build import build_optimizer, wrap
 from ema_nesterov.training.distributed import Ranks, ranks
-from ema_nesterov.training.execution import autocast, compiles, determinism
+from ema_nesterov.training.execution import autocast, compiles, determinism, model_on
 from ema_nesterov.training.health import examine
 from ema_nesterov.training.logs import Logs
 from ema_nesterov.training.loop import forward_backward, gradient_norm, train
@@ -192,12 +192,11 @@ def started(settings: list[Setting], ranks: Ranks, warmup: int) -> Iterator[list
 def parts(s: Setting, ranks: Ranks) -> dict[str, float]:
     """ms that each part of a step takes alone."""
     cfg, device = s.cfg, ranks.device
-    with device:
-        model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_on(cfg, device)
     optimizer = build_optimizer(model, cfg, ranks.group)
     compiled: Any = torch.compile(model, dynamic=False) if compiles(cfg, device) else model
     replica: Any = torch.nn.parallel.DistributedDataParallel(compiled) if ranks.size > 1 else compiled
-    precision = autocast(device, cfg.model.get("autocast", True))
+    precision = autocast(cfg, device)
     batch = [type(b)(*(t.to(device) for t in b)) for b in s.read(ranks)(0)]
     base = optimizer
     while isinstance(base, Wrapper):

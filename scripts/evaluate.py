@@ -12,7 +12,6 @@ and step these are the numbers of its metrics.jsonl, to rounding.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def main() -> None:
     from ema_nesterov.derived import lookahead_position
     from ema_nesterov.training.distributed import Ranks, choose_device
     from ema_nesterov.training.evaluate import mean_loss, validate
-    from ema_nesterov.training.execution import autocast
+    from ema_nesterov.training.execution import eval_autocast
     from ema_nesterov.training.run import split_batch
     from ema_nesterov.training.trained import open_trained
 
@@ -62,9 +61,7 @@ def main() -> None:
     data = cfg.dataset.copy()
     data.val_tokens = cfg.dataset.val_tokens if args.tokens is None and args.path is None else args.tokens
     shards = Validation(folder, data, cfg.model.get("vocab_size", 2**16), cfg.seq_len)
-    precision = (
-        nullcontext() if cfg.model.get("eval_float32", True) else autocast(device, cfg.model.get("autocast", True))
-    )
+    precision = eval_autocast(cfg, device)
     micro = split_batch(cfg, 1)
 
     def evaluate() -> float:

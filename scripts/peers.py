@@ -22,7 +22,7 @@ from ema_nesterov.models import build_model
 from ema_nesterov.optim.build import build_optimizer, parameter_roles
 from ema_nesterov.optim.newton_schulz import newton_schulz
 from ema_nesterov.training.distributed import Ranks
-from ema_nesterov.training.execution import autocast
+from ema_nesterov.training.execution import autocast, model_on
 
 Done = Callable[[], None]
 Read = Callable[[int], list[MicroBatch]]
@@ -38,8 +38,7 @@ def released(cfg: DictConfig, read: Read, ranks: Ranks, done: Done) -> None:
     cfg = cfg.copy()
     cfg.model.pad_vocab_to = 1
     torch.manual_seed(cfg.seed)
-    with device:
-        model = build_model(cfg.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_on(cfg, device)
     roles = parameter_roles(model)
     rest = [p for role, params in roles.items() if role != "matrix" for p in params]
     adam = AdamW(rest, lr=3.6e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -53,7 +52,7 @@ def released(cfg: DictConfig, read: Read, ranks: Ranks, done: Done) -> None:
         for i, (inputs, targets) in enumerate(batch):
             inputs, targets = inputs.to(device), targets.to(device)
             with nullcontext() if i == len(batch) - 1 or ranks.size == 1 else replica.no_sync():
-                with autocast(device, cfg.model.get("autocast", True)):
+                with autocast(cfg, device):
                     loss = replica(inputs, targets)
                 loss.backward()
         for p in model.parameters():
@@ -108,13 +107,12 @@ def eager(cfg: DictConfig, read: Read, ranks: Ranks, done: Done) -> None:
     """The model and the optimizer of the config in a bare loop: nothing compiled, checked, logged or read ahead."""
     device = ranks.device
     torch.manual_seed(cfg.seed)
-    with device:
-        model = build_model(cfg.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_on(cfg, device)
     optimizer = build_optimizer(model, cfg)
     for step in count():
         batch = read(step)
         for inputs, targets in batch:
-            with autocast(device, cfg.model.get("autocast", True)):
+            with autocast(cfg, device):
                 loss = model(inputs.to(device), targets.to(device)) / len(batch)
             loss.backward()
         optimizer.step()

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from ema_nesterov.data.preparation.sample import prepare_sample
-from ema_nesterov.training import loop
 from ema_nesterov.training.folder import FINISHED
 from ema_nesterov.training.run import run
 from tests.conftest import composed, read_metrics, run_folder
@@ -58,11 +57,12 @@ def test_every_path_finds_the_golden_losses(model: str, path: str, sample: Path,
     assert losses(model, sample, tmp_path, *overrides) == pytest.approx(golden, abs=tolerance, rel=0)
 
 
-def test_bfloat16_products_stay_near(sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_bfloat16_products_stay_near(model: str, sample: Path, tmp_path: Path) -> None:
     """What a GPU does, on a CPU: weights and optimizer in float32, products in bfloat16."""
-    monkeypatch.setattr(loop, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
-    golden = json.loads(GOLDEN.read_text())["nanogpt_124m"]
-    assert losses("nanogpt_124m", sample, tmp_path) == pytest.approx(golden, abs=BFLOAT16, rel=0)
+    golden, found = json.loads(GOLDEN.read_text())[model], losses(model, sample, tmp_path, "trainer.bfloat16=true")
+    assert found == pytest.approx(golden, abs=BFLOAT16, rel=0)
+    assert found != pytest.approx(golden, abs=1e-5, rel=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -21,8 +21,8 @@ class ModelConfig:
     architecture: str = MISSING
     vocab_size: int = MISSING
     pad_vocab_to: int = 1  # round the rows of the tables up to a multiple; the loss stays the same
-    autocast: bool = True  # on a GPU: bfloat16 autocast, or (false) weights cast per product
-    eval_float32: bool = True  # on a GPU: validate in float32, as the published runs of this model do
+    autocast: bool = True  # to bfloat16, or (false) weights cast per product: trainer.bfloat16
+    eval_float32: bool = True  # validate in float32, as the published runs of this model do
 
 
 @dataclass
@@ -38,7 +38,7 @@ class NanoGPT162MConfig(ModelConfig):
     width: int = MISSING
     head_dim: int = MISSING
     init: str = "normal"  # normal | record30
-    float32_gains: bool = False  # on a GPU: multiply the norms' gains in float32
+    float32_gains: bool = False  # multiply the norms' gains in float32
     autocast: bool = False
     eval_float32: bool = False
 
@@ -276,6 +276,7 @@ class TrainerConfig:
     device: str = "auto"  # auto | cpu | cuda
     compile: bool | None = None  # null: on a GPU, and on a CPU for 200 steps or more
     compile_mode: str = "default"  # of torch.compile
+    bfloat16: bool | None = None  # products in bfloat16; null: on a GPU. A CPU with AMX gains by it, others lose
     deterministic: bool | None = None  # the same bits at every repetition; null: on a CPU
     activation_checkpointing: bool = False  # keep each block's input alone, and compute the rest again: less memory
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping

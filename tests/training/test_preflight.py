@@ -15,10 +15,9 @@ from omegaconf import DictConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ema_nesterov.data.manifest import load_manifest
-from ema_nesterov.models import build_model
 from ema_nesterov.optim.build import build_optimizer
 from ema_nesterov.training.evaluate import at_iterate, copy_iterate, probe
-from ema_nesterov.training.execution import autocast, compiles
+from ema_nesterov.training.execution import autocast, compiles, model_on
 from ema_nesterov.training.memory import compiled_bytes, estimate, fake_model, traced_bytes
 from ema_nesterov.training.preflight import FAIL, OK, WARNING, merged, preflight
 from ema_nesterov.training.run import run, split_batch
@@ -40,13 +39,16 @@ CASES = {
         *("model=nanogpt_162m", "model.vocab_size=16384", *SMALL, "seq_len=32", "batch_size=1", "probe_every=5"),
         *("optimizer=adamw", "lookahead=snoo", "lookahead.k=1"),
     ),
+    "products in bfloat16": (
+        *("model=nanogpt_124m", "model.heads=4", "model.vocab_size=8192", *SMALL, "trainer.bfloat16=true"),
+        *("optimizer=adamw", "lookahead=none"),
+    ),
 }
 
 
 def train_a_step(cfg: DictConfig, device: torch.device) -> None:
     """What a run does in a step in which all happens, in the loop's own pieces."""
-    with device:
-        model = build_model(cfg.model, (), torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_on(cfg, device)
     optimizer = build_optimizer(model, cfg)
     compiled = torch.compile(model, dynamic=False) if compiles(cfg, device) else model
     tokens = torch.zeros(split_batch(cfg, 1), cfg.seq_len, dtype=torch.long, device=device)
@@ -56,7 +58,7 @@ def train_a_step(cfg: DictConfig, device: torch.device) -> None:
         optimizer.step()
     optimizer.zero_grad()
     for _ in range(cfg.batch_size // len(tokens)):
-        with autocast(device, cfg.model.autocast):
+        with autocast(cfg, device):
             loss = compiled(tokens, tokens)
         loss.backward()
         del loss
@@ -121,7 +123,7 @@ def test_the_estimate_is_what_a_step_takes_on_a_gpu(name: str, compile: str) -> 
 def test_blocks_of_a_compiled_model_take_alike() -> None:
     cfg = composed(*CASES["tied, accumulating"], "model.layers=3")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        whole = traced_bytes(fake_model(cfg, gpu=True), (4, 256))
+        whole = traced_bytes(fake_model(cfg, half=True), (4, 256))
         assert compiled_bytes(cfg, True, (4, 256)) == pytest.approx(whole, rel=0.01)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import language_model_loss, pad_rows
+from .common import causal_attention, language_model_loss, pad_rows
 
 
 class Llama(nn.Module):
@@ -36,7 +35,7 @@ class Llama(nn.Module):
             LlamaForCausalLM,
         )
 
-        AttentionInterface.register("causal", causal_attention)
+        AttentionInterface.register("causal", attention)
         self.vocab_size = vocab_size
         options: dict[str, Any] = dict(
             vocab_size=vocab_size,
@@ -63,9 +62,8 @@ class Llama(nn.Module):
         return logits if targets is None else language_model_loss(logits, targets)
 
 
-def causal_attention(
+def attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """transformers' own way to SDPA builds a mask when it is compiled, which shuts out flash attention."""
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)  # (batch, heads, time, dim)
-    return y.transpose(1, 2).contiguous(), None
+    return causal_attention(q, k, v, scaling).transpose(1, 2).contiguous(), None

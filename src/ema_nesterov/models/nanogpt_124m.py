@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import language_model_loss, pad_rows, rotate
+from .common import causal_attention, language_model_loss, pad_rows, rotate
 
 
 def rms(x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         batch, time, width = x.shape
         q, k, v = (part.view(batch, time, self.heads, -1) for part in self.c_attn(x).split(width, dim=-1))
         q, k = self.rotary(q), self.rotary(k)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.c_proj(y.transpose(1, 2).reshape(batch, time, width))
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import language_model_loss, pad_rows, rotate
+from .common import causal_attention, language_model_loss, pad_rows, rotate
 
 
 class Norm(nn.Module):
@@ -63,9 +63,7 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
         q, k = (self.rotary(F.rms_norm(part, (self.head_dim,))) for part in (q, k))
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=0.12
-        )
+        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=0.12)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 

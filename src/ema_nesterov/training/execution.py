@@ -10,13 +10,32 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
+
+from ..models import build_model
 
 LONG = 200  # steps of a run that pay for compiling on a CPU
 
 
-def autocast(device: torch.device, wanted: bool) -> AbstractContextManager:
-    """bfloat16 on a GPU, float32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and wanted else nullcontext()
+def bfloat16(cfg: DictConfig, device: torch.device) -> bool:
+    """Whether products are in bfloat16: on a GPU, unless trainer.bfloat16 decides. All else stays float32."""
+    wanted = cfg.trainer.get("bfloat16")  # config.yaml of an older run has no such key
+    return device.type == "cuda" if wanted is None else wanted
+
+
+def model_on(cfg: DictConfig, device: torch.device) -> nn.Module:
+    """The model of the config; where it has no autocast, its activations have the dtype of its products."""
+    with device:
+        return build_model(cfg.model, cfg.plugins, torch.bfloat16 if bfloat16(cfg, device) else torch.float32)
+
+
+def autocast(cfg: DictConfig, device: torch.device) -> AbstractContextManager:
+    wanted = bfloat16(cfg, device) and cfg.model.get("autocast", True)
+    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
+
+
+def eval_autocast(cfg: DictConfig, device: torch.device) -> AbstractContextManager:
+    return nullcontext() if cfg.model.get("eval_float32", True) else autocast(cfg, device)
 
 
 def compiles(cfg: DictConfig, device: torch.device) -> bool:

@@ -26,13 +26,12 @@ from ..data.loader import MicroBatch, prefetch
 from ..derived import alpha_schedule, lookahead_position, lr_schedule, momentum_schedule
 from ..errors import ConfigError, one_line
 from ..lookahead import Wrapper
-from ..models import build_model
 from ..models.common import checkpoint_blocks, count_parameters
 from ..optim.build import build_optimizer
 from .checkpoint import Saver, load_checkpoint, save_weights
 from .distributed import Ranks
 from .evaluate import at_iterate, copy_iterate, mean_loss, probe, validate
-from .execution import autocast, compiles
+from .execution import autocast, compiles, eval_autocast, model_on
 from .folder import Status
 from .fork import Fork
 from .health import Watch, examine
@@ -79,8 +78,7 @@ def train(
     """
     device = ranks.device
     torch.manual_seed(cfg.seed)
-    with device:
-        model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_on(cfg, device)
     logs.say(f"{cfg.model.name}: {count_parameters(model):,} parameters")
     optimizer = build_optimizer(model, cfg, ranks.group)
     lr, matrix_lr = lr_schedule(cfg), lr_schedule(cfg, matrix=True)
@@ -102,11 +100,10 @@ def train(
     replica: Any = compiled
     if ranks.size > 1:  # the gradients are views of the buckets: no second copy
         replica = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-    precision = autocast(device, cfg.model.get("autocast", True))
+    precision = autocast(cfg, device)
     fix_bucket_layout(replica, (micro_batch_size, cfg.seq_len), ranks, precision)
 
-    eval_precision = nullcontext() if cfg.model.get("eval_float32", True) else precision
-    evaluate = partial(evaluate_on, dataset, compiled, ranks, micro_batch_size, eval_precision)
+    evaluate = partial(evaluate_on, dataset, compiled, ranks, micro_batch_size, eval_autocast(cfg, device))
     full_alpha = None if cfg.lookahead.name == "none" else lookahead_position(cfg)
     tokens_per_step = cfg.batch_size * cfg.seq_len
     bytes_per_token = dataset.bytes_per_token()

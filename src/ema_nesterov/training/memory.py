@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -27,11 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..lookahead import Wrapper
-from ..models import build_model
-from ..models.common import checkpoint_blocks
+from ..models import build_model, common
 from ..optim.build import build_optimizer
 from .evaluate import at_iterate, copy_iterate, probe
-from .execution import compiles
+from .execution import bfloat16, compiles
 
 # a step in which all happens that ever does: syncs, extrapolation, new bases
 BUSY = {"lookahead.k": 1, "lookahead.warmup_steps": 0, "lookahead.rest_steps": 0, "optimizer.precondition_frequency": 1}
@@ -63,23 +63,24 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
     for key, value in BUSY.items():
         if OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, value)
-    gpu, ranks = device.type == "cuda", 1 if group is None else group.size()
+    ranks = 1 if group is None else group.size()
     # checkpointed blocks keep the same either way, and cutting in two as below knows nothing of them
     compiled = compiles(cfg, device) and not cfg.trainer.activation_checkpointing
     shape = (micro_batch_size, cfg.seq_len)
-    precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=gpu and cfg.model.get("autocast", True))
+    half = bfloat16(cfg, device)
+    precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=half and cfg.model.get("autocast", True))
     eval_precision: Any = nullcontext if cfg.model.get("eval_float32", True) else precision
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+    with attention_on(device), FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is meant: an address of a tensor that has none
-        whole = Started(cfg, gpu)
-        run = whole if group is None else Started(cfg, gpu, group)
+        whole = Started(cfg, half)
+        run = whole if group is None else Started(cfg, half, group)
         model, optimizer, live = run.model, run.optimizer, run.live
         tokens = torch.zeros(shape, dtype=torch.long)
         if compiled:
             with precision():
-                training = compiled_bytes(cfg, gpu, shape)
+                training = compiled_bytes(cfg, half, shape)
             with eval_precision(), torch.no_grad():
-                evaluate: Any = partial(torch.empty, compiled_bytes(cfg, gpu, shape), dtype=torch.uint8)
+                evaluate: Any = partial(torch.empty, compiled_bytes(cfg, half, shape), dtype=torch.uint8)
         else:
             evaluate = partial(model, tokens, tokens)
         with live:
@@ -117,16 +118,16 @@ def estimate(cfg: DictConfig, micro_batch_size: int, device: torch.device, group
 def checkpoint_bytes(cfg: DictConfig) -> int:
     """On the disk, of all ranks."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        run = Started(cfg, gpu=False)
+        run = Started(cfg, half=False)
         return run.weights + run.state + run.wrapper
 
 
 class Started:
     """A model and its optimizer after the first step, with gradients, and the bytes of each part."""
 
-    def __init__(self, cfg: DictConfig, gpu: bool, group: ProcessGroup | None = None):
+    def __init__(self, cfg: DictConfig, half: bool, group: ProcessGroup | None = None):
         with Live() as self.live:
-            self.model = fake_model(cfg, gpu)
+            self.model = fake_model(cfg, half)
             self.weights = self.live.now
             set_gradients(self.model)
             self.gradients = self.live.now - self.weights
@@ -136,12 +137,17 @@ class Started:
         self.state = self.live.now - self.weights - self.gradients - self.wrapper
 
 
-def fake_model(cfg: DictConfig, gpu: bool) -> nn.Module:
+def attention_on(device: torch.device) -> AbstractContextManager:
+    """The attention that the device would choose, though the fake tensors are on the CPU."""
+    return nullcontext() if device.type == "cpu" else patch.object(common, "slow_in_bfloat16", lambda q: False)
+
+
+def fake_model(cfg: DictConfig, half: bool) -> nn.Module:
     """The model, built without content, with a fake tensor for each of its own; tied ones stay tied."""
     with unset_fake_temporarily(), torch.device("meta"):  # a fake weight does not change its dtype
-        model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if gpu else torch.float32)
+        model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if half else torch.float32)
     if cfg.trainer.activation_checkpointing:
-        checkpoint_blocks(model)
+        common.checkpoint_blocks(model)
     fakes: dict[Tensor, Any] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -191,16 +197,16 @@ class Live(TorchDispatchMode):
 # --- a model that is compiled ---------------------------------------------------------------------
 
 
-def compiled_bytes(cfg: DictConfig, gpu: bool, shape: tuple[int, int]) -> int:
+def compiled_bytes(cfg: DictConfig, half: bool, shape: tuple[int, int]) -> int:
     """What a pass of the compiled model holds beside the weights: with the backward pass, or without, under no_grad.
 
     Blocks are alike: a model of ours is traced with one and with two of them.
     """
     if "_target_" in cfg.model or cfg.model.layers < 3:
-        return traced_bytes(fake_model(cfg, gpu), shape)
+        return traced_bytes(fake_model(cfg, half), shape)
     small, traced = cfg.copy(), []
     for small.model.layers in (1, 2):
-        traced.append(traced_bytes(fake_model(small, gpu), shape))
+        traced.append(traced_bytes(fake_model(small, half), shape))
     first, second = traced
     return first + (cfg.model.layers - 1) * (second - first)
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
-from ..models import build_model
 from ..optim.build import build_optimizer
 from .checkpoint import list_checkpoints, step_of, whole
+from .execution import model_on
 from .folder import load_config
 from .loop import restore, told
 
@@ -39,8 +39,7 @@ def open_trained(folder: Path, step: int | None, device: torch.device) -> Traine
         steps = ", ".join(str(step_of(path)) for path in held) or "none"
         asked = "has no checkpoint that is whole" if step is None else f"has no whole checkpoint of step {step}"
         raise ConfigError(f"{folder} {asked}; it holds those of {steps}")
-    with device:
-        model = build_model(cfg.model, cfg.plugins, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_on(cfg, device)
     optimizer = build_optimizer(model, cfg)
     with told(checkpoint):
         restore(checkpoint, model, optimizer)
