@@ -38,7 +38,6 @@ class Study:
     words: str  # what its authors make of it: NAME.md beside the data
     runs: list[Run]
     devices: list[str]
-    commits: list[str]
 
     def __post_init__(self) -> None:
         self.cells = cells_of([run for run in self.runs if run.config.seed != CHOOSING])
@@ -113,8 +112,8 @@ def open_studies(folder: Path, configs: Path) -> list[Study]:
             raise DataError(f"{path} is of no sweep of configs/sweep; take it away")
         file, words = open_sweep_file(configs, known[path.stem]), path.with_suffix(".md")
         text = words.read_text().strip() if words.exists() else ""
-        ran = (distinct(path, "device"), distinct(path, "commit"))
-        studies.append(Study(known[path.stem], file.title, file.figures, text, read_results(path, configs), *ran))
+        runs, devices = read_results(path, configs), distinct(path, "device")
+        studies.append(Study(known[path.stem], file.title, file.figures, text, runs, devices))
     return studies
 
 
@@ -168,9 +167,9 @@ def inventory(study: Study) -> str:
     table = f"{stem(study.name)}.csv"
     return (
         f"{len(study.runs)} runs of {', '.join(models)} on {', '.join(datasets)}, {tokens:,.0f}M tokens and "
-        f"{hours:.1f} hours in all, on {' and '.join(study.devices)} (revisions {', '.join(study.commits)}). "
-        f"`python scripts/sweep.py run sweep={study.name}` repeats them; the column `command` of [{table}]({table}), "
-        "behind `python scripts/train.py`, repeats one."
+        f"{hours:.1f} hours in all, on {' and '.join(study.devices)}. `python scripts/sweep.py run sweep={study.name}` "
+        f"repeats them; the column `command` of [{table}]({table}), behind `python scripts/train.py`, repeats one, and "
+        "`commit` is the revision that ran."
     )
 
 
