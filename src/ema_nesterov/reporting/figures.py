@@ -222,13 +222,13 @@ def scaling(data: Data, x: str, series: str | None = None) -> Drawn:
 
 
 def positions(data: Data) -> Drawn:
-    held = [cell for cell in data.cells if stages(cell.first)]
+    held = [cell for cell in data.cells if stages(cell)]
     if not held:
         return None
     size = (2 * WIDTH, 3 * len(held))
     drawing, axes = plt.subplots(len(held), 2, figsize=size, layout="constrained", squeeze=False)
     for row, cell in zip(axes, held, strict=True):
-        found = list(stages(cell.first).items())
+        found = list(stages(cell).items())
         for spare in row[len(found) :]:
             spare.set_axis_off()
         for ax, (stage, step) in zip(row, found, strict=False):
@@ -248,13 +248,14 @@ def positions(data: Data) -> Drawn:
     return drawing, "The loss at x + a d less that at x, along the EMA of the updates and along the last update."
 
 
-def stages(run: Run) -> dict[str, int]:
+def stages(cell: Cell) -> dict[str, int]:
     """The probed steps that stand for a constant and for a decaying learning rate: the last, and the middle one."""
-    steps = sorted({line["step"] for line in run.metrics if "probe/loss" in line})
+    steps = sorted({line["step"] for run in cell.runs for line in run.metrics if "probe/loss" in line})
     if not steps:
         return {}
-    rate = lr_schedule(run.config)
-    full = max(rate(step) for step in range(0, run.config.steps, max(1, run.config.steps // 1000)))
+    cfg = cell.first.config
+    rate = lr_schedule(cfg)
+    full = max(rate(step) for step in range(0, cfg.steps, max(1, cfg.steps // 1000)))
     stable = [step for step in steps if rate(step - 1) >= 0.999 * full]
     decaying = [step for step in steps if step not in stable and step > max(stable, default=0)]
     found = {"constant learning rate": stable[-1:], "decaying learning rate": decaying[(len(decaying) - 1) // 2 :]}

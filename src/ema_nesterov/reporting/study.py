@@ -318,7 +318,7 @@ def chosen(found: dict[str, str], best: str) -> str:
 def positions(study: Study) -> Iterable[str]:
     """Where along x + a d the loss was lowest, in each stage and direction: the paper's Figures 2 and 8."""
     for cell in study.cells:
-        for stage, step in stages(cell.first).items():
+        for stage, step in stages(cell).items():
             told = []
             for direction, name in (("ema", "the EMA of the updates"), ("step", "the last update")):
                 found = [line for run in cell.runs if (line := along(run, step, direction))]
