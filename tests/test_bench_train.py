@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from ema_nesterov.models import build_model
 from ema_nesterov.training.distributed import Ranks
 from tests.conftest import ROOT, TINY, Refused
 
@@ -57,29 +58,26 @@ def test_a_peer_takes_turns_with_the_loop(scripts: None, sample: Path, capsys: p
 
 
 @pytest.mark.parametrize("peer", ["eager", "trainer"])
-def test_a_peer_learns_what_the_loop_learns(scripts: None, peer: str, sample: Path, tmp_path: Path) -> None:
+def test_a_peer_learns_what_the_loop_learns(
+    scripts: None, peer: str, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With alpha and learning rate constant, which the peers know no schedule of, the weights are the same."""
-    train, peers = (import_module(name) for name in ("bench_train", "peers"))
+    train = import_module("bench_train")
     constant = ["schedule.decay_steps=0", "lookahead.warmup_steps=0", "lookahead.rest_steps=0"]
     ranks, held = Ranks(0, 1, torch.device("cpu")), []
-    for module in (train, peers):  # whatever is built is remembered
 
-        def watched(*args: Any, build: Any = module.build_model, **kwargs: Any) -> Any:
-            held.append(build(*args, **kwargs))
-            return held[-1]
+    def watched(*args: Any, **kwargs: Any) -> Any:  # whatever is built is remembered
+        held.append(build_model(*args, **kwargs))
+        return held[-1]
 
-        module.build_model = watched
-    loop = import_module("ema_nesterov.training.loop")
-    build, loop.build_model = loop.build_model, lambda *a, **k: held.append(build(*a, **k)) or held[-1]
-    try:
-        overrides = [*SMALL, *constant, f"dataset.path={sample}"]
-        settings = [train.setting(name, overrides, ranks, tmp_path) for name in ("", peer)]
-        with train.started(settings, ranks, warmup=3):
-            ours, theirs = (list(model.parameters()) for model in held)
-        for p, q in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    finally:
-        loop.build_model = build
+    for module in ("ema_nesterov.training.execution", "peers"):
+        monkeypatch.setattr(import_module(module), "build_model", watched)
+    overrides = [*SMALL, *constant, f"dataset.path={sample}"]
+    settings = [train.setting(name, overrides, ranks, tmp_path) for name in ("", peer)]
+    with train.started(settings, ranks, warmup=3):
+        ours, theirs = (list(model.parameters()) for model in held)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="needs Linux")
