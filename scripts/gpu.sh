@@ -35,7 +35,7 @@ short=(warmup=3 timed=4 turns=4 record=true)
 step 240 scripts/bench.py compare b=released experiment=nanogpt_124m/muon_ema_nesterov "${short[@]}"
 step 180 scripts/bench.py train experiment=nanogpt_124m/muon_ema_nesterov "${short[@]}"
 step 180 scripts/bench.py train experiment=nanogpt_162m/muon_ema_nesterov "${short[@]}"
-# a step of the paper's batch takes 1B a minute of one GPU: here it is half a million tokens, and a quarter
+# the paper's batches would take one GPU up to a minute a step, by arithmetic: here half a million tokens, 1B a quarter
 step 120 scripts/bench.py train experiment=llama_130m/muon_ema_nesterov batch_size=2048 micro_batch_size=128 "${short[@]}"
 step 120 scripts/bench.py train experiment=llama_350m/muon_ema_nesterov batch_size=2048 micro_batch_size=128 "${short[@]}"
 step 120 scripts/bench.py train experiment=llama_60m/muon_ema_nesterov batch_size=2048 micro_batch_size=128 "${short[@]}"

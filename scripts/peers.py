@@ -22,7 +22,7 @@ from ema_nesterov.models import build_model
 from ema_nesterov.optim.build import build_optimizer, parameter_roles
 from ema_nesterov.optim.newton_schulz import newton_schulz
 from ema_nesterov.training.distributed import Ranks
-from ema_nesterov.training.execution import autocast, model_on
+from ema_nesterov.training.execution import autocast, bfloat16, model_on
 
 Done = Callable[[], None]
 Read = Callable[[int], list[MicroBatch]]
@@ -154,7 +154,7 @@ def trainer(cfg: DictConfig, read: Read, ranks: Ranks, done: Done) -> None:
             gradient_accumulation_steps=cfg.batch_size // micro,
             max_grad_norm=0.0,
             use_cpu=ranks.device.type == "cpu",
-            bf16=ranks.device.type == "cuda",
+            bf16=bfloat16(cfg, ranks.device),
             report_to="none",
             save_strategy="no",
             logging_strategy="no",

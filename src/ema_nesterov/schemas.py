@@ -276,7 +276,7 @@ class TrainerConfig:
     device: str = "auto"  # auto | cpu | cuda
     compile: bool | None = None  # null: on a GPU, and on a CPU for 200 steps or more
     compile_mode: str = "default"  # of torch.compile
-    bfloat16: bool | None = None  # products in bfloat16; null: on a GPU. A CPU with AMX gains by it, others lose
+    bfloat16: bool | None = None  # products in bfloat16; null: on a GPU. A CPU with AMX gains by it
     deterministic: bool | None = None  # the same bits at every repetition; null: on a CPU
     activation_checkpointing: bool = False  # keep each block's input alone, and compute the rest again: less memory
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
