@@ -12,6 +12,7 @@ from ema_nesterov.cli import composed_each
 from ema_nesterov.errors import ConfigError, DataError
 from ema_nesterov.reporting.cells import Cell, Comparison, Statistic, cells_of, comparisons_of
 from ema_nesterov.reporting.figures import KINDS, draw_all
+from ema_nesterov.reporting.gains import gains
 from ema_nesterov.reporting.layout import Data
 from ema_nesterov.reporting.page import write_page
 from ema_nesterov.reporting.published import Published, load_published, published_for
@@ -106,6 +107,24 @@ def test_a_figure_that_no_kind_draws_is_told(spec: dict[str, Any], line: str, se
     _, cells, comparisons = compared(seeds)
     with pytest.raises(ConfigError, match=line):
         draw_all([spec], Data(cells, comparisons, [], {}), seeds)
+
+
+def test_the_seed_that_chooses_between_bases_is_not_shown(tmp_path: Path) -> None:
+    """Seed 0 ends lower at a rate of 0.01, the others at 0.02; the lookahead is 0.1 behind at the one, 0.2 ahead at the
+    other."""
+    for lr, seed_0, gain in ((0.01, 4.0, -0.1), (0.02, 4.1, 0.2)):
+        for seed in (0, 1, 2):
+            end = 4.2 - 10 * lr if seed else seed_0
+            fake_run(tmp_path, "none", [8.0, end], f"seed={seed}", f"optimizer.lr={lr}")
+            fake_run(tmp_path, "ema_nesterov", [8.0, end - gain - seed / 100], f"seed={seed}", f"optimizer.lr={lr}")
+    _, cells, comparisons = compared(tmp_path)
+    data, shown = Data(cells, comparisons, [], {}), {}
+    for chooses in (None, 0):
+        drawn = gains(data, "batch_size", chooses)
+        assert drawn is not None
+        shown[chooses] = drawn[0].axes[0].containers[0].lines[0].get_ydata()
+    assert shown[None] == pytest.approx([-0.21])  # the rate that is better on average, all seeds
+    assert shown[0] == pytest.approx([0.1 - 0.015])
 
 
 def test_a_base_with_other_settings_is_no_base(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ of the runs that have these values alone, with title: ... under that heading.
     grid         final perplexity of the runs called `name` over two keys, `rows` and `columns`, and a third, `panels`
     scaling      final perplexity over the key `x`, a line for each name, and for each value of the key `series`
     gains        final losses less the base's over the key `x`, a line for each name, where several bases share a value
-                 against the best; with batch_size and runs that measured the gradient noise, its scale beside them
+                 against the best, or the best of the seed `chooses`, which is not shown; with batch_size and runs that
+                 measured the gradient noise, its scale beside them
     positions    the loss along x + a d while the learning rate is constant, and while it decays
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import mean, median
 
 import matplotlib.pyplot as plt
@@ -16,16 +18,18 @@ from .layout import BASE, HEIGHT, WIDTH, Data, Drawn, colors, ticks_at, value
 VERDICTS = {AHEAD: "C2", BEHIND: "C3", UNCLEAR: "0.45"}  # colours
 
 
-def gains(data: Data, x: str) -> Drawn:
-    shown = [c for c in data.comparisons if c.same_length and c.base.is_base and c.pairs]
+def gains(data: Data, x: str, chooses: int | None = None) -> Drawn:
+    """chooses: the seed that decides between bases which share a value of x, and is not shown; None: their means do."""
+    counted = (counting(c, chooses) for c in data.comparisons if c.same_length and c.base.is_base)
+    shown = [c for c in counted if c.pairs]
     if not shown:
         return None
-    bases = measured_bases(data)
+    bases = measured_bases(data, chooses)
     with_noise = x == "batch_size" and bool(bases)
     drawing, axes = plt.subplots(
         1, 1 + with_noise, figsize=(WIDTH * (1 + with_noise), HEIGHT), layout="constrained", squeeze=False
     )
-    draw_gains(axes[0][0], shown, x)
+    draw_gains(axes[0][0], shown, x, chooses)
     if not with_noise:
         return drawing, f"Final loss less that of the base of the same seed, over {x}: mean and 95% interval."
     late = [median(noise(cell)) for cell in bases]
@@ -59,12 +63,16 @@ def forests(shown: Mapping[str, Mapping[str, Statistic]]) -> Figure:
     return drawing
 
 
-def draw_gains(ax: Axes, comparisons: list[Comparison], x: str) -> None:
+def counting(comparison: Comparison, chooses: int | None) -> Comparison:
+    return replace(comparison, pairs=[pair for pair in comparison.pairs if pair[0].config.seed != chooses])
+
+
+def draw_gains(ax: Axes, comparisons: list[Comparison], x: str, chooses: int | None) -> None:
     ax.axhline(0, color=BASE, lw=0.8)
     names = list(dict.fromkeys(c.cell.name for c in comparisons))
     firsts = [next(c.cell for c in comparisons if c.cell.name == name) for name in names]
     for first, color in colors(firsts):
-        points = best_bases([c for c in comparisons if c.cell.name == first.name], x)
+        points = best_bases([c for c in comparisons if c.cell.name == first.name], x, chooses)
         spots = list(points)
         means = [d.mean for c in points.values() if (d := c.difference)]
         bars = [d.interval[1] - d.mean if (d := c.difference) and d.interval else 0.0 for c in points.values()]
@@ -74,23 +82,29 @@ def draw_gains(ax: Axes, comparisons: list[Comparison], x: str) -> None:
     ax.legend()
 
 
-def best_bases(comparisons: list[Comparison], x: str) -> dict[float, Comparison]:
+def best_bases(comparisons: list[Comparison], x: str, chooses: int | None) -> dict[float, Comparison]:
     """By the value of x; of several, the one whose base ended lowest: at its best learning rate, say."""
     found: dict[float, Comparison] = {}
-    for c in sorted(comparisons, key=lambda c: (spot(c.cell, x), mean(run.loss for run in c.base.runs))):
+    for c in sorted(comparisons, key=lambda c: (spot(c.cell, x), ending(c.base, chooses))):
         found.setdefault(spot(c.cell, x), c)
     return found
+
+
+def ending(base: Cell, chooses: int | None) -> float:
+    """The final loss that decides; inf where the seed that does has not run."""
+    losses = [run.loss for run in base.runs if chooses is None or run.config.seed == chooses]
+    return mean(losses) if losses else math.inf
 
 
 def spot(cell: Cell, x: str) -> float:
     return cell.first.tokens_per_step if x == "batch_size" else value(cell.first.config, x)
 
 
-def measured_bases(data: Data) -> list[Cell]:
+def measured_bases(data: Data, chooses: int | None) -> list[Cell]:
     """By batch, the base whose gradient noise was measured; of several, the one that ended lowest."""
     found: dict[int, Cell] = {}
     measured = [cell for cell in data.cells if cell.is_base and noise(cell)]
-    for cell in sorted(measured, key=lambda c: (c.first.tokens_per_step, mean(run.loss for run in c.runs))):
+    for cell in sorted(measured, key=lambda c: (c.first.tokens_per_step, ending(c, chooses))):
         found.setdefault(cell.first.tokens_per_step, cell)
     return list(found.values())
 
