@@ -14,11 +14,6 @@ from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from ..config import typed
-from ..errors import ConfigError
-from ..training.identity import changed
 from .runs import Run
 
 # The 97.5% quantile of Student's t for 1, 2, ... 30 degrees of freedom
@@ -81,10 +76,10 @@ class Cell:
     def is_base(self) -> bool:
         return self.first.is_base
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
-        """The keys that change the result, dotted, where they differ from the schema's defaults."""
-        return settings(self.first)
+        """What its runs have in common, see Run."""
+        return self.first.settings
 
     def final(self, key: str) -> Statistic | None:
         """Of the last validation; None where runs do not have it."""
@@ -94,14 +89,6 @@ class Cell:
     def perplexity(self, key: str) -> Statistic | None:
         losses = self.final(key)
         return losses and Statistic(tuple(math.exp(loss) for loss in losses.values))
-
-
-def settings(run: Run) -> dict[str, Any]:
-    """Raises ConfigError for a run of another version of the code."""
-    try:
-        return dict(changed(typed(OmegaConf.to_container(run.config))))  # type: ignore[arg-type]
-    except ConfigError as e:
-        raise ConfigError(f"{run.folder}: {e}; take it away") from None
 
 
 @dataclass
@@ -151,7 +138,7 @@ def cells_of(runs: Sequence[Run]) -> list[Cell]:
     """In the order of their first runs; labels tell those of one name apart."""
     cells: dict[str, Cell] = {}
     for run in runs:
-        cells.setdefault(run.name + json.dumps(settings(run), sort_keys=True), Cell([])).runs.append(run)
+        cells.setdefault(run.name + json.dumps(run.settings, sort_keys=True), Cell([])).runs.append(run)
     for cell in cells.values():
         alike = [other.settings for other in cells.values() if other.name == cell.name]
         keys = {key for other in alike for key in other if any(o.get(key) != other[key] for o in alike)}

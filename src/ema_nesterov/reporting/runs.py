@@ -11,10 +11,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import DataError, UserError, one_line
+from ..config import typed
+from ..errors import ConfigError, DataError, UserError, one_line
 from ..sweeps.manifest import Sweep
 from ..sweeps.state import states
 from ..training.folder import load_config
+from ..training.identity import changed
 from ..training.logs import read_metrics
 
 # What may differ between a run and its base: the lookahead or its control, and what does not change the weights.
@@ -63,6 +65,17 @@ class Run:
         kept = {key: value for key, value in plain.items() if key not in (*NOT_COMPARED, "seed")}
         kept["schedule"] = {key: value for key, value in kept["schedule"].items() if key not in CONTROL}
         return kept
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The keys that change the result, dotted, where they differ from the schema's defaults.
+
+        Raises ConfigError for a run of another version of the code.
+        """
+        try:
+            return dict(changed(typed(OmegaConf.to_container(self.config))))  # type: ignore[arg-type]
+        except ConfigError as e:
+            raise ConfigError(f"{self.folder}: {e}; take it away") from None
 
     @property
     def tokens_per_step(self) -> int:
