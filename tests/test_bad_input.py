@@ -84,6 +84,7 @@ ARGUMENTS = [
     ("lookahead=../model/tiny", "has no schema of a lookahead; begin it with defaults: [/schema/"),
     ("lookahead@foo=none", "lookahead@foo cannot be chosen; type lookahead=OPTION"),
     ("experiment=quikstart/muon", "did you mean experiment=quickstart/muon?"),
+    ("experiment=nanogpt_124m/muon_ema", "did you mean experiment=nanogpt_124m/muon_ema_nesterov?"),
     ("+experiment=quickstart/muon", "type experiment=quickstart/muon, without +"),
     ("optimizer=adamw optimizer.momentum=0.9", "optimizer has name, lr, betas, eps, weight_decay"),
     ("experiment=quickstart/muon_ema_nesterov lookahead=none", "the experiment sets lookahead.alpha, which the chosen"),

@@ -298,12 +298,13 @@ def unknown_key(key: str, configs: Path) -> str:
 
 
 def unknown_option(option: str, configs: Path) -> str:
-    """Name the option nearest to one that does not exist, e.g. model/tinny."""
+    """Name the option nearest to one that does not exist, e.g. model/tinny, or the shortest that begins with it."""
     group, _, name = option.partition("/")
     options = [str(p.relative_to(configs / group).with_suffix("")) for p in (configs / group).rglob("*.yaml")]
     if not options:
         return f"unknown config {option}; see --help"
-    near = get_close_matches(name, options, n=1)
+    begun = sorted((option for option in options if name and option.startswith(name)), key=lambda o: (len(o), o))
+    near = begun or get_close_matches(name, options, n=1)
     hint = f"did you mean {group}={near[0]}?" if near else f"choose one of {', '.join(sorted(options))}"
     return f"unknown option {group}={name}; {hint}"
 
