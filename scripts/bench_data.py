@@ -63,7 +63,7 @@ class Row:
 
 def memory() -> tuple[float, float]:
     """MB of this process: private, and mapped from files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     held = {line.split(":")[0]: float(line.split()[1]) / 1024 for line in lines if line.startswith("Rss")}
     return held["RssAnon"], held["RssFile"]
 
@@ -149,4 +149,4 @@ def run(arguments: list[str]) -> None:
     Console(width=130, highlight=False).print(table)
     if args.output:
         results: dict[str, Any] = {"copy": copy, "rows": [asdict(row) for row in rows]}
-        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+        Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

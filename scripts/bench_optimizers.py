@@ -346,4 +346,4 @@ def run(arguments: list[str]) -> None:
                 results[f"{name}: training step"] = ms = training_step(name, device)
                 console.print(f"{name}: forward and backward on an eighth of the paper's batch: {ms:.1f} ms\n")
         if args.output and group.is_first:
-            Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+            Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -147,4 +147,4 @@ def show(r: dict[str, float], args: Arguments) -> None:
         f"{r['llama_1b_gb'] * 1e3 / r['mb_per_s']:.0f} s there"
     )
     if args.output:
-        Path(args.output).write_text(json.dumps(r, indent=1) + "\n")
+        Path(args.output).write_text(json.dumps(r, indent=1) + "\n", encoding="utf-8")

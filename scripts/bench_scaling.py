@@ -123,7 +123,7 @@ def predict(model: nn.Module, cfg: DictConfig, n: int, a: Arguments) -> Predicti
 
 def bytes_sent() -> int:
     """By this machine to itself, since it was started."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
+    for line in Path("/proc/net/dev").read_text(encoding="utf-8").splitlines():
         name, _, counters = line.strip().partition(":")
         if name == "lo":
             return int(counters.split()[8])

@@ -73,7 +73,7 @@ def write_text(folder: Path, megabytes: int, kind: str) -> Path:
     if kind == "parquet":
         pq.write_table(pa.table({"text": texts}), folder / "000_00000.parquet", row_group_size=1000)
     else:
-        with gzip.open(folder / "c4-train.00000-of-01024.json.gz", "wt") as f:
+        with gzip.open(folder / "c4-train.00000-of-01024.json.gz", "wt", encoding="utf-8") as f:
             f.writelines(json.dumps({"text": text, "url": "https://example.org"}) + "\n" for text in texts)
     return folder
 
@@ -159,4 +159,4 @@ def show(rows: list[Row], processes: int, args: Arguments) -> None:
     )
     if args.output:
         results: dict[str, Any] = {"processes": processes, "rows": [asdict(row) for row in rows]}
-        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+        Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

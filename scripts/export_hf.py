@@ -111,7 +111,7 @@ def main() -> None:
                 model.generation_config.pad_token_id = tokenizer.pad_token_id
                 tokenizer.save_pretrained(aside)
             model.save_pretrained(aside)
-            (aside / "README.md").write_text(card(run, args.at, model, tokenizer))
+            (aside / "README.md").write_text(card(run, args.at, model, tokenizer), encoding="utf-8")
             difference = compare(run, model, aside)
         replace(aside, output)
     except OSError as e:
@@ -123,7 +123,7 @@ def main() -> None:
 
 def is_export(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and '"ema_nesterov_run"' in config.read_text(errors="replace")
+    return config.is_file() and '"ema_nesterov_run"' in config.read_text(errors="replace", encoding="utf-8")
 
 
 def replace(aside: Path, output: Path) -> None:
@@ -278,7 +278,7 @@ def rust_tokenizer(ours: Tokenizer) -> Any:
         converter.load_tiktoken_bpe = lambda _: ranks  # it would read a file, which takes another package to write
         return converter.converted()
     if ours.file.suffix == ".json":
-        plain = without_sentinels(json.loads(ours.file.read_text()))
+        plain = without_sentinels(json.loads(ours.file.read_text(encoding="utf-8")))
         return Rust.from_str(json.dumps({**plain, "post_processor": None}))
     return SpmConverter(SimpleNamespace(vocab_file=str(ours.file))).converted()
 

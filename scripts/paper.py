@@ -49,7 +49,7 @@ class Arguments:
 def main() -> None:
     args = arguments(Arguments, __doc__)
     try:
-        Path(args.output).write_text(page())
+        Path(args.output).write_text(page(), encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"cannot write {args.output}: {e.strerror}; type output=FILE") from None
     print(args.output)

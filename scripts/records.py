@@ -46,12 +46,12 @@ def about(arguments: list[str], ranks: Ranks, machine: Machine) -> dict[str, str
 def write(record: Record) -> None:
     """Keep the record in place of an earlier one of the same command and kind of device, and show all of them."""
     path, page = DOCS / "benchmarks.json", DOCS / "benchmarks.md"
-    held = [Record(**r) for r in json.loads(path.read_text())] if path.exists() else []
+    held = [Record(**r) for r in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
     held = [r for r in held if same(r) != same(record)] + [record]
-    path.write_text(json.dumps([asdict(r) for r in held], indent=1) + "\n")
-    before, _, rest = page.read_text().partition(BEGIN)
+    path.write_text(json.dumps([asdict(r) for r in held], indent=1) + "\n", encoding="utf-8")
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{''.join(section(r) for r in held)}{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n\n{''.join(section(r) for r in held)}{END}{after}", encoding="utf-8")
 
 
 def same(record: Record) -> tuple[str, str]:

@@ -243,7 +243,7 @@ def of_task(sweep: Sweep, args: Arguments) -> list[Entry]:
         return sweep.entries
     path = sweep.folder / "submissions" / f"{args.submission}.json"
     try:
-        indices = json.loads(path.read_text())["tasks"][args.task]
+        indices = json.loads(path.read_text(encoding="utf-8"))["tasks"][args.task]
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"{path} has no task {args.task}; type submit or resubmit, which call this") from None
     return [sweep.entries[index] for index in indices]
@@ -290,13 +290,13 @@ def hand_over(sweep: Sweep, args: Arguments) -> int:
             print(f"task {i}: {', '.join(sweep.entries[index].id for index in task)}")
         return 0
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"job": None, "tasks": tasks}))  # before a task can look for it
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    path.write_text(json.dumps({"job": None, "tasks": tasks}), encoding="utf-8")  # before a task can look for it
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, "PYTHON": sys.executable})
     if done.returncode:
         path.unlink()
         raise ConfigError(f"sbatch refuses: {done.stderr.strip() or done.stdout.strip()}; see sbatch= in --help")
     job = done.stdout.strip().partition(";")[0]
-    path.write_text(json.dumps({"job": job, "tasks": tasks, "command": command}))
+    path.write_text(json.dumps({"job": job, "tasks": tasks, "command": command}), encoding="utf-8")
     print(f"job {job}: {len(todo)} runs in {len(tasks)} tasks, {args.throttle} at a time; logs in {sweep.folder}/logs")
     return 0
 

@@ -71,7 +71,7 @@ def save(workspace: Any) -> str:
 def write(workspace: Any, path: Path) -> None:
     view = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     try:
-        path.write_text(json.dumps(view, indent=1) + "\n")
+        path.write_text(json.dumps(view, indent=1) + "\n", encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"cannot write {path}: {e.strerror}; type output=FILE") from None
     print(f"{path} holds what W&B would get; to send it, type wandb login, then the same command without output=")

@@ -28,7 +28,7 @@ while kill -0 "$child" 2>/dev/null; do
 done
 trap '' USR1 TERM
 rm -f "$folder/STOP"
-status=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["status"])' "$folder/status.json" || echo none)
+status=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1], encoding="utf-8"))["status"])' "$folder/status.json" || echo none)
 echo "$(date +%T) $folder: $status"
 case $status in
   finished) exit 0 ;;

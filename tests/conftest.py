@@ -102,7 +102,7 @@ def train_process(*overrides: str, ranks: int = 0, **kwargs: Any) -> subprocess.
     script = str(ROOT / "scripts" / "train.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*(torchrun if ranks else [sys.executable]), script, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **kwargs)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False, **kwargs)
 
 
 def run_folder(runs_dir: Path) -> Path:
@@ -113,7 +113,7 @@ def run_folder(runs_dir: Path) -> Path:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in lines]
 
 

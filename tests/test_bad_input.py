@@ -190,7 +190,7 @@ EXPERIMENTS = [
 @pytest.mark.parametrize(("text", "line"), EXPERIMENTS)
 def test_a_wrong_file_of_a_users_own(text: str, line: str, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    (tmp_path / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
     refused("train.py", ["--config-dir=.", "experiment=mine"], line)
 
 
@@ -202,7 +202,7 @@ def write(**values: Any) -> Callable[[Path], None]:
 
     def change(folder: Path) -> None:
         path = folder / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
     return change
 
@@ -212,9 +212,9 @@ def write_shards(**values: Any) -> Callable[[Path], None]:
 
     def change(folder: Path) -> None:
         path = folder / "manifest.json"
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest["shards"][0] |= values
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(manifest), encoding="utf-8")
 
     return change
 
@@ -259,9 +259,17 @@ DATA: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a file", lambda d: (shutil.rmtree(d), d.touch()), "data is no folder; type dataset.path=FOLDER"),
     ("an empty folder", lambda d: [p.unlink() for p in d.iterdir()], "no shards *_train_*.bin in data"),
     ("a folder for a shard", lambda d: ((d / SHARD).unlink(), (d / SHARD).mkdir()), "Is a directory"),
-    ("broken JSON", lambda d: (d / "manifest.json").write_text("{"), "manifest.json cannot be read (JSONDecodeError"),
-    ("a list", lambda d: (d / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
-    ("deep JSON", lambda d: (d / "manifest.json").write_text("[" * 10**5), "manifest.json cannot be read (Recursion"),
+    (
+        "broken JSON",
+        lambda d: (d / "manifest.json").write_text("{", encoding="utf-8"),
+        "manifest.json cannot be read (JSONDecodeError",
+    ),
+    ("a list", lambda d: (d / "manifest.json").write_text("[]", encoding="utf-8"), "manifest.json cannot be read"),
+    (
+        "deep JSON",
+        lambda d: (d / "manifest.json").write_text("[" * 10**5, encoding="utf-8"),
+        "manifest.json cannot be read (Recursion",
+    ),
     ("a manifest of another version", write(format=2), "has format 2, this code reads 1; prepare the data again"),
     ("a stopped preparation", write(complete=False), "was stopped after 2 shards; type the same"),
     ("listed twice", write_shards(file="x_val_000000.bin"), "it lists a shard twice"),
@@ -325,8 +333,8 @@ PREPARE = [
 @pytest.mark.parametrize(("command", "line"), PREPARE, ids=ids(PREPARE))
 def test_a_wrong_preparation(command: str, line: str, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.jsonl").write_text('{"text": "A document."}\n')
-    (tmp_path / "text" / "deep.json").write_text("[" * 10**5)
+    (tmp_path / "text" / "a.jsonl").write_text('{"text": "A document."}\n', encoding="utf-8")
+    (tmp_path / "text" / "deep.json").write_text("[" * 10**5, encoding="utf-8")
     refused("prepare_data.py", shlex.split(command), line)
 
 
@@ -359,6 +367,6 @@ def test_a_wrong_report(command: str, files: dict[str, str], line: str, refused:
     }
     (tmp_path / "r").mkdir()
     for name, text in (good | files).items() if files else ():
-        (tmp_path / "r" / name).write_text(text)
+        (tmp_path / "r" / name).write_text(text, encoding="utf-8")
     refused("report.py", [command], line)
     assert not (tmp_path / "r" / "report").exists()

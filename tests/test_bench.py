@@ -40,7 +40,7 @@ def test_the_table_has_every_contender_its_memory_and_its_ratio(
     monkeypatch.setattr(bench_optimizers, "make_parameters", small)
     bench_optimizers.run(["shapes=tiny", "repeats=1", parts, f"output={output}", "device=cpu", "max_dim=1000"])
     told = capsys.readouterr().out
-    results = json.loads(output.read_text())
+    results = json.loads(output.read_text(encoding="utf-8"))
     rows = {row["name"]: row for title, part in results.items() if title != "machine" for row in part}
     assert {"EMANesterov", "Nesterov", "GPA", "Muon", "NorMuon", "Aurora", "SOAP", "Record30"} <= set(rows)
     assert rows["EMANesterov"]["held"] == pytest.approx(4.0)  # one float32 copy of the weights

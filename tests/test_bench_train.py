@@ -32,7 +32,9 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 def docs(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for the figures, with the page as it is."""
     records: Any = import_module("records")
-    (tmp_path / "benchmarks.md").write_text((ROOT / "docs" / "benchmarks.md").read_text())
+    (tmp_path / "benchmarks.md").write_text(
+        (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     monkeypatch.setattr(records, "DOCS", tmp_path)
     return tmp_path
 
@@ -40,12 +42,12 @@ def docs(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_a_run_is_timed_with_random_tokens_and_written_down_once(docs: Path, tmp_path: Path) -> None:
     train, records = (import_module(name) for name in ("bench_train", "records"))
     train.run([*SMALL, *SHORT, f"dataset.path={tmp_path / 'no_such'}", "dataset.prepare=null", "record=true"])
-    records.write(records.Record(**json.loads((docs / "benchmarks.json").read_text())[0]))
-    (record,) = json.loads((docs / "benchmarks.json").read_text())
+    records.write(records.Record(**json.loads((docs / "benchmarks.json").read_text(encoding="utf-8"))[0]))
+    (record,) = json.loads((docs / "benchmarks.json").read_text(encoding="utf-8"))
     figures = record["figures"]
     assert figures["tokens/s"] == pytest.approx(12 * 32 / figures["ms/step"] * 1000)
     assert {"ms: forward", "ms: backward", "ms: optimizer", "ms: wrapper", "ms: reading", "ms: logging"} <= set(figures)
-    page = (docs / "benchmarks.md").read_text()
+    page = (docs / "benchmarks.md").read_text(encoding="utf-8")
     assert page.count("### train") == 1
     assert page.startswith("# Speed")
     assert f"| tokens/s | {figures['tokens/s']:,.0f} |" in page
@@ -84,7 +86,7 @@ def test_a_peer_learns_what_the_loop_learns(
 def test_ranks_send_what_the_model_of_communication_says(sample: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "scripts" / "bench.py"), "scaling", *SMALL, "model.width=128", f"dataset.path={sample}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=False)
     assert (found := re.search(r"measured / model = ([\d.]+)", " ".join(done.stdout.split()))), done.stderr
     assert 0.99 < float(found[1]) < 1.5  # others use the loopback, too
 

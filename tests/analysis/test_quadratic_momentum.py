@@ -93,12 +93,12 @@ def test_the_script_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(qm, "CHECKED", (0,))
     monkeypatch.setattr(qm, "STEPS", 1200)
     said = qm.run(qm.Arguments(output=str(tmp_path), momenta=[0.9], k=10))
-    with open(tmp_path / "rates.csv") as f:
+    with open(tmp_path / "rates.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 9 * 5 * 2
     for row in rows[::9]:
         assert f"{row['optimizer']} {float(row['rate']):.6f}" in said
-    with open(tmp_path / "checked.csv") as f:
+    with open(tmp_path / "checked.csv", encoding="utf-8") as f:
         for row in csv.DictReader(f):
             assert float(row["measured"]) == pytest.approx(float(row["rate"]), rel=0.1)
     assert (tmp_path / "quadratic_momentum.png").stat().st_size > 0

@@ -81,7 +81,7 @@ def test_it_writes_its_figure_and_tables_and_a_run_that_left_is_not_best(tmp_pat
     said = analysis.run(analysis.Arguments(output=str(tmp_path), steps=200, gamma=0.9, seeds=2))
     names = {"river_valley.png", "river_valley.svg", "runs.csv", "positions.csv", "rates.csv"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    assert "inf" in (tmp_path / "rates.csv").read_text()
+    assert "inf" in (tmp_path / "rates.csv").read_text(encoding="utf-8")
     assert "inf" not in said
 
 

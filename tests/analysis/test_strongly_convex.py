@@ -144,7 +144,7 @@ def test_the_lyapunov_function_falls_by_theta_at_every_step(
 def test_the_script_writes_what_it_prints(tmp_path: Path) -> None:
     said = run(Arguments(str(tmp_path), kappas=[10.0], gammas=[0.0, 0.5], efolds=1))
     assert {p.name for p in tmp_path.iterdir()} == {"rates.csv", "strongly_convex.png", "strongly_convex.svg"}
-    with open(tmp_path / "rates.csv") as f:
+    with open(tmp_path / "rates.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     for problem in ("quadratic", "log-cosh"):
         (line,) = re.findall(rf"{problem}, kappa 10, measured 1 - rate: (.*)", said)

@@ -199,7 +199,7 @@ def test_bytes_per_token_count_the_text_of_the_targets_alone(tmp_path: Path) -> 
 def test_a_manifest_that_nobody_wrote_is_one_line(tmp_path: Path, key: str, value: object) -> None:
     dataset(tmp_path)
     path = tmp_path / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
     with pytest.raises(DataError, match=r"manifest.json (cannot be read|has format)"):
         dataset(tmp_path)
 

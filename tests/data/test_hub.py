@@ -65,7 +65,7 @@ print(json.dumps(out))
 """
     env = {**without_hub(), "HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), **env}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=env, cwd=home, capture_output=True, encoding="utf-8", timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -230,7 +230,7 @@ def test_the_commands_bring_public_shards_and_c4_from_the_hub(tmp_path: Path, t5
         environment = {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")}
         script, folder = str(ROOT / "scripts" / "prepare_data.py"), tmp_path / "out" / name
         command = [sys.executable, script, f"dataset={name}", f"dataset.path={folder}", *overrides]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
 
     with hub(repos) as server:
         for name, *overrides in (

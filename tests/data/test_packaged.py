@@ -109,7 +109,7 @@ def test_a_paragraph_of_two_sources_stays_in_the_first(tmp_path, monkeypatch):
     place(tmp_path, "b", f"{PROSE}\n\n{AGAIN} {AGAIN}\n\n{MORE}")
     documents = {document["source"]: document["text"] for document in read(assemble(tmp_path))}
     assert documents == {"a": f"{PROSE}\n\n{MORE}", "b": f"{AGAIN} {AGAIN}"}
-    told = json.loads((tmp_path / "sources.json").read_text())
+    told = json.loads((tmp_path / "sources.json").read_text(encoding="utf-8"))
     assert [source["documents"] for source in told["sources"]] == [1, 1]
 
 
@@ -150,7 +150,7 @@ def test_real_packages_give_the_same_bytes_and_are_brought_once(tmp_path, monkey
     documents = read(path)
     assert {document["source"] for document in documents} == {source.name for source in sources}
     assert any("the Constitution of the United States" in document["text"] for document in documents)
-    told = json.loads((tmp_path / "sources.json").read_text())
+    told = json.loads((tmp_path / "sources.json").read_text(encoding="utf-8"))
     assert told["skipped"] == {}
     assert told["sources"][0]["version"] == "0.1.2"
     assert all(len(source["sha256"]) == 64 and source["characters"] > 10_000 for source in told["sources"])

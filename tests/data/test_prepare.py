@@ -35,7 +35,7 @@ def process(*arguments: str, **kwargs) -> subprocess.Popen[str]:
     """It hears Ctrl-C, which what a shell runs in the background does not."""
     command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments]
     kwargs["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,14 @@ def test_any_text_is_tokenised_and_every_nth_document_held_out(tmp_path: Path) -
     texts, folder = documents(300), tmp_path / "raw"
     write_c4(folder / "a", [texts[:50]], [])
     (folder / "b").mkdir()
-    (folder / "b" / "lines.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[50:100]))
+    (folder / "b" / "lines.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in texts[50:100]), encoding="utf-8"
+    )
     write_parquet(folder / "c" / "x.parquet", texts[100:200])
     (folder / "d").mkdir()
     for i, text in enumerate(texts[200:]):
-        (folder / "d" / f"{i:03d}.txt").write_text(text)
-    (folder / "notes.md").write_text("not text to train on")
+        (folder / "d" / f"{i:03d}.txt").write_text(text, encoding="utf-8")
+    (folder / "notes.md").write_text("not text to train on", encoding="utf-8")
     prepare("dataset=text", f"dataset.path={folder}", f"dataset.output={tmp_path / 'out'}", "dataset.val_every=7")
     assert (tokens(tmp_path / "out", "val") == gpt2_stream(texts[::7])).all()
     assert (tokens(tmp_path / "out", "train") == gpt2_stream(t for i, t in enumerate(texts) if i % 7)).all()
@@ -118,7 +120,7 @@ def test_any_text_is_tokenised_and_every_nth_document_held_out(tmp_path: Path) -
 def test_a_tokenizer_of_any_library_and_size_will_do(tmp_path: Path, sample: Path, t5: Path) -> None:
     texts = documents(30)
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "x.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
+    (tmp_path / "raw" / "x.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in texts), encoding="utf-8")
     common = ["dataset=text", f"dataset.path={tmp_path / 'raw'}", "dataset.text_key=body", "dataset.val_every=10"]
     for name, tokenizer in (("bpe", sample / "tokenizer.json"), ("sp", t5 / "spiece.model")):
         out = tmp_path / name
@@ -162,7 +164,7 @@ def assert_ended(session: int) -> None:
         stats = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):  # it has just ended
-                stats.append(path.read_text())
+                stats.append(path.read_text(encoding="utf-8"))
         return [stat for stat in stats if stat.rpartition(")")[2].split()[3] == str(session)]
 
     for _ in range(100):
@@ -250,7 +252,7 @@ def test_documents_are_read_to_the_letter(tmp_path: Path) -> None:
 )
 def test_a_row_without_text_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "x.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
+    (tmp_path / "raw" / "x.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n', encoding="utf-8")
     with pytest.raises(DataError, match=message) as error:
         prepare("dataset=text", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={tmp_path / 'out'}",
                 "dataset.processes=1")  # fmt: skip
@@ -332,9 +334,9 @@ def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path: Path, overrides: 
     raw, empty, broken, one = (tmp_path / name for name in ("RAW", "EMPTY", "BROKEN", "ONE"))
     for folder in (raw, empty, broken, one):
         folder.mkdir()
-    (raw / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(20)))
-    (broken / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "cut')
-    (one / "only.txt").write_text("a single document")
+    (raw / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(20)), encoding="utf-8")
+    (broken / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "cut', encoding="utf-8")
+    (one / "only.txt").write_text("a single document", encoding="utf-8")
     places = {name: str(tmp_path / name) for name in ("RAW", "EMPTY", "BROKEN", "ONE", "OUT")}
     overrides = [f"{key}={places.get(value, value)}" for key, value in (o.split("=") for o in overrides)]
     with pytest.raises(DataError, match=message) as error:
@@ -344,7 +346,9 @@ def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path: Path, overrides: 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, sample: Path) -> None:
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(20)))
+    (tmp_path / "raw" / "x.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in documents(20)), encoding="utf-8"
+    )
     common = ["dataset=text", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={tmp_path / 'out'}"]
     prepare(*common, "dataset.val_every=4")
     before = contents(tmp_path / "out")
@@ -354,7 +358,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, sample: Path) 
     ):
         with pytest.raises(DataError, match=message):
             prepare(*common, "dataset.val_every=4", change)
-    (tmp_path / "raw" / "y.jsonl").write_text('{"text": "more"}\n')
+    (tmp_path / "raw" / "y.jsonl").write_text('{"text": "more"}\n', encoding="utf-8")
     with pytest.raises(DataError, match="delete that one"):
         prepare(*common, "dataset.val_every=4")
     assert contents(tmp_path / "out") == before

@@ -36,7 +36,7 @@ def stream(
 
 def test_the_order_is_that_of_datasets_in_one_process() -> None:
     """The file holds what datasets 4.0.0 reads of four files with shuffle(seed=42, buffer_size=50)."""
-    recorded = json.loads((ROOT / "tests" / "reference" / "datasets_4.0.0_shuffle.json").read_text())
+    recorded = json.loads((ROOT / "tests" / "reference" / "datasets_4.0.0_shuffle.json").read_text(encoding="utf-8"))
     names, sizes = [0, 2, 3, 4], [37, 120, 55, 203]
     ours = [text.split(":") for _, text in islice(stream(sizes, 50).documents(0), sum(sizes))]
     assert [f"{names[int(source)]}:{i}" for source, i in ours] == recorded

@@ -51,7 +51,7 @@ def write_c4(folder: Path, train: Sequence[Sequence[str]], val: Sequence[Sequenc
     folder.mkdir(parents=True, exist_ok=True)
     for split, files, total in (("train", train, 1024), ("validation", val, 8)):
         for i, texts in enumerate(files):
-            with gzip.open(folder / f"c4-{split}.{i:05d}-of-{total:05d}.json.gz", "wt") as f:
+            with gzip.open(folder / f"c4-{split}.{i:05d}-of-{total:05d}.json.gz", "wt", encoding="utf-8") as f:
                 for k, text in enumerate(texts):
                     record = {"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": f"https://example.org/{i}/{k}"}
                     f.write(json.dumps(record) + "\n")

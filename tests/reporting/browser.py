@@ -35,7 +35,7 @@ async def _look_at(page: Path, script: str) -> Seen:
     with tempfile.TemporaryDirectory() as profile:
         command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += ["--remote-debugging-port=0", f"--user-data-dir={profile}", "--window-size=1280,900", "about:blank"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
         try:
             assert process.stderr is not None
             told = next(line for line in process.stderr if "DevTools listening on" in line)

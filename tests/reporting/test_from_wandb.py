@@ -140,8 +140,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = run_folder(cfg)
         run.mkdir(parents=True)
         begin(cfg, run)
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(lookahead != "none")))
-        (run / "status.json").write_text(json.dumps({"status": status, "step": 10, "message": ""}))
+        (run / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines(lookahead != "none")), encoding="utf-8"
+        )
+        (run / "status.json").write_text(json.dumps({"status": status, "step": 10, "message": ""}), encoding="utf-8")
     return folder
 
 
@@ -161,7 +163,9 @@ def python(
     env |= {"HOME": str(home), "NETRC": str(home / "netrc"), "WANDB_DIR": str(home)}
     access = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY} if server else {}
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=home, env=env | access, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=home, env=env | access, capture_output=True, encoding="utf-8", timeout=120, check=False
+    )
 
 
 def test_the_report_is_that_of_the_run_folders(runs: Path, server: Server, tmp_path: Path) -> None:
@@ -185,7 +189,9 @@ def test_the_report_is_that_of_the_run_folders(runs: Path, server: Server, tmp_p
     for table in tables:
         table.write(tmp_path)
         for name in (f"{table.name}.md", f"{table.name}.csv"):
-            assert (tmp_path / "report" / name).read_text() == (tmp_path / name).read_text()
+            assert (tmp_path / "report" / name).read_text(encoding="utf-8") == (tmp_path / name).read_text(
+                encoding="utf-8"
+            )
 
 
 SCENES = """
@@ -205,7 +211,7 @@ for project, sweep in zip(sys.argv[1::2], sys.argv[2::2]):
 
 def fetched(home: Path, server: Server | None, *arguments: str) -> list[str]:
     """The lines that `fetch` prints, and raises, called with these projects and sweeps."""
-    (home / "scenes.py").write_text(SCENES)
+    (home / "scenes.py").write_text(SCENES, encoding="utf-8")
     done = python(home, server, home / "scenes.py", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -240,7 +246,9 @@ def test_what_is_no_run_of_ours_is_passed_over_and_what_is_here_not_fetched_agai
     once, again = [line.split()[1:] for line in said if line.startswith("fetched")]
     assert once == again
     assert len(once) == 6  # with agents, cut and resumed
-    statuses = {json.loads((tmp_path / folder / "status.json").read_text())["status"] for folder in once}
+    statuses = {
+        json.loads((tmp_path / folder / "status.json").read_text(encoding="utf-8"))["status"] for folder in once
+    }
     assert statuses == {"finished", "diverged", "incomplete", "running"}
     assert server.asked.count("HistoryPage") == 4 + 1  # that which was cut is asked again
     assert re.fullmatch(r"error: W&B does not give the runs of me/papre \(.*papre.*\); mend .*", said[-2])

@@ -41,8 +41,10 @@ def fake_run(root: Path, lookahead: str, losses: list[float], *overrides: str, s
             for a in (-1.0, 0.0, 1.0):
                 lines.append({"step": step, "probe/direction": direction, "probe/position": a, "probe/loss": 3 + a * a})
         lines.append({"step": step, "noise/scale": 1000.0 * step})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "status.json").write_text(json.dumps({"status": status, "step": steps, "message": "", "exit_code": 0}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "status.json").write_text(
+        json.dumps({"status": status, "step": steps, "message": "", "exit_code": 0}), encoding="utf-8"
+    )
 
 
 def compared(root: Path) -> tuple[list[Run], list[Cell], list[Comparison]]:
@@ -246,12 +248,12 @@ def test_a_page_shows_every_table_and_figure_in_a_browser_without_a_network(seed
     tables = [table_of_cells(cells, comparisons, published), table_of_runs(runs), table_of_pairs(comparisons)]
     for table in tables:
         table.write(tmp_path)
-        with open(tmp_path / f"{table.name}.csv") as f:
+        with open(tmp_path / f"{table.name}.csv", encoding="utf-8") as f:
             assert len(list(csv.reader(f))) == len(table.rows) + 1
-        assert len((tmp_path / f"{table.name}.md").read_text().splitlines()) == len(table.rows) + 2
+        assert len((tmp_path / f"{table.name}.md").read_text(encoding="utf-8").splitlines()) == len(table.rows) + 2
     page = tmp_path / "index.html"
     write_page(page, "A <title>", verdicts(comparisons), tables, figures, cells, others)
-    assert "diverged at step 40" in page.read_text()
+    assert "diverged at step 40" in page.read_text(encoding="utf-8")
     if CHROMIUM is None:
         pytest.skip("no Chromium here to open the page with; type apt-get install chromium")
 

@@ -84,7 +84,7 @@ def test_runs_whose_folders_are_gone_stay(tmp_path: Path) -> None:
 
 def test_seed_0_chooses_and_is_not_counted(data: Path, tmp_path: Path) -> None:
     write_study(open_studies(data, CONFIGS), tmp_path)
-    page = (tmp_path / "README.md").read_text()
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "0.01: 5.0000; **0.02: 4.0000**; 0.04: 5.0000 | yes |" in page
     assert "EMA-Nesterov against its base in 1 comparisons: 1 ahead." in page
     assert "| 0.02 | **alpha 0.5 gamma 0.92: 4.9000** |" in page
@@ -121,9 +121,9 @@ def test_the_page_is_the_same_every_time(data: Path, tmp_path: Path) -> None:
 )
 def test_files_that_do_not_fit_are_told(file: str, old: str, new: str, line: str, data: Path) -> None:
     path = data / file
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(UserError, match=line):
         open_studies(data, CONFIGS)
 
@@ -151,7 +151,7 @@ def test_the_committed_page_is_that_of_the_committed_data_and_its_pictures_exist
 
 def test_the_committed_headline_follows_from_the_table_of_runs() -> None:
     """Computed here anew, out of the CSV file alone."""
-    with open(RESULTS / "study_cpu.csv") as f:
+    with open(RESULTS / "study_cpu.csv", encoding="utf-8") as f:
         place = {"model": "tiny", "optimizer": "muon", "lr": "0.02", "batch_tokens": "2048"}
         rows = [row for row in csv.DictReader(f) if place.items() <= row.items() and row["seed"] != "0"]
     alone = [row for row in rows if row["lookahead"] == "none" and not row["matched_alpha"]]
@@ -160,14 +160,14 @@ def test_the_committed_headline_follows_from_the_table_of_runs() -> None:
     gains = [float(row["val_loss"]) - base[row["seed"]] for row in rows if paper.items() <= row.items()]
     assert len(gains) == 5
     label, told = "| study/cpu/muon_ema_nesterov, alpha 0.5 gamma 0.92 ", f"{mean(gains):+.4f} ± {stdev(gains):.4f}"
-    lines = (RESULTS / "README.md").read_text().splitlines()
+    lines = (RESULTS / "README.md").read_text(encoding="utf-8").splitlines()
     assert any(line.startswith(label) and told in line for line in lines)
 
 
 def test_every_number_of_the_words_stands_in_the_tables() -> None:
     """Those of three decimals or more: losses, and differences of losses. Rounded, and of either sign."""
-    words = (RESULTS / "study_cpu.md").read_text()
-    tables = (RESULTS / "README.md").read_text().replace(words.strip(), "")
+    words = (RESULTS / "study_cpu.md").read_text(encoding="utf-8")
+    tables = (RESULTS / "README.md").read_text(encoding="utf-8").replace(words.strip(), "")
     in_tables = {abs(float(number)) for number in DECIMALS.findall(tables)}
     said = DECIMALS.findall(words)
     assert len(said) > 10

@@ -24,7 +24,7 @@ from tests.conftest import ROOT, Refused
 from tests.training.runs import train
 from tests.training.wandb_server import ServedRun, WandbServer
 
-SWEEP = yaml.safe_load((ROOT / "configs" / "wandb_sweep.yaml").read_text())
+SWEEP = yaml.safe_load((ROOT / "configs" / "wandb_sweep.yaml").read_text(encoding="utf-8"))
 KEY = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -75,7 +75,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 def script(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "wandb_workspace.py"), *arguments]
     env = environment(home, **more)
-    return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=home, env=env, capture_output=True, encoding="utf-8", timeout=60, check=False)
 
 
 # --- the dashboard --------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_without_a_key_what_would_be_sent_is_written_and_names_only_what_runs_ha
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     assert "type wandb login" in done.stdout
-    view = json.loads((tmp_path / "workspace.json").read_text())
+    view = json.loads((tmp_path / "workspace.json").read_text(encoding="utf-8"))
     assert (view["project"], view["displayName"]) == ("paper", "sweep night/a")
     section = view["spec"]["section"]
     panels = [panel for part in section["panelBankConfig"]["sections"] for panel in part["panels"]]
@@ -170,14 +170,16 @@ def test_the_sweep_file_gives_commands_that_train_takes(folder: Path) -> None:
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_below_an_agent_its_run_is_the_one_that_is_filled(folder: Path, tmp_path: Path, mode: str) -> None:
     param = tmp_path / "config-drawn1.yaml"
-    param.write_text("wandb_version: 1\n\nlookahead.alpha:\n  value: 0.5\n")
+    param.write_text("wandb_version: 1\n\nlookahead.alpha:\n  value: 0.5\n", encoding="utf-8")
     names = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "drawn1", "WANDB_PROJECT": "found", "WANDB_ENTITY": "me"}
     with Server() as server:
         access = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_MODE": mode}
         env = environment(tmp_path, **names, **access, WANDB_SWEEP_PARAM_PATH=str(param))
         server.runs["drawn1"] = ServedRun({"project": "found"})  # W&B makes it when the agent asks for work
         command = [sys.executable, "-m", "ema_nesterov.training.wandb_run", str(folder)]
-        done = subprocess.run(command, env=env, input="", capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, env=env, input="", capture_output=True, encoding="utf-8", timeout=60, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Ignoring" not in done.stderr  # what wandb says of an id that is not the agent's
         ((name, served),) = server.runs.items()

@@ -34,7 +34,7 @@ def launch(ranks: int, *overrides: str) -> subprocess.Popen[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *torchrun, str(ROOT / "scripts" / "train.py"), *SETTINGS, *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen(command, encoding="utf-8", **pipes)  # type: ignore[call-overload]
 
 
 def kill(process: subprocess.Popen[str], runs: Path, rng: random.Random) -> str:
@@ -61,7 +61,7 @@ def kill(process: subprocess.Popen[str], runs: Path, rng: random.Random) -> str:
 
 
 def children_of(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
 
 
 def survive(kills: int, ranks: int, seed: int, steps: int, overrides: list[str], folder: Path) -> int:

@@ -56,7 +56,9 @@ def slurm(root: Path) -> Iterator[dict[str, str]]:
     for name in ("state", "spool"):
         (root / name).mkdir(parents=True)
     config = root / "slurm.conf"
-    config.write_text(CONFIG.format(host=socket.gethostname().partition(".")[0], ports=free_ports(), root=root))
+    config.write_text(
+        CONFIG.format(host=socket.gethostname().partition(".")[0], ports=free_ports(), root=root), encoding="utf-8"
+    )
     environment = {**os.environ, "SLURM_CONF": str(config)}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
     daemons = [subprocess.Popen([name, "-D", "-f", str(config)], **quiet) for name in ("slurmctld", "slurmd")]
@@ -72,7 +74,7 @@ def slurm(root: Path) -> Iterator[dict[str, str]]:
 
 
 def tell(command: list[str], environment: dict[str, str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment).stdout
 
 
 def wait_until(holds: object, seconds: float) -> None:

@@ -34,7 +34,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 def sweep(command: str, runs: Path, environment: dict[str, str], *arguments: str) -> str:
     script = [sys.executable, str(ROOT / "scripts" / "sweep.py"), command, "name=tiny", f"runs_dir={runs}"]
-    done = subprocess.run([*script, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [*script, *arguments], capture_output=True, encoding="utf-8", env=environment, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -48,11 +50,11 @@ def test_an_array_goes_on_after_a_preemption_and_ends_as_if_nothing_had_been(
     folder = runs / "sweeps" / "tiny"
     entries = open_sweep(folder).entries
     assert len(entries) == 4
-    job = json.loads((folder / "submissions" / "0.json").read_text())["job"]
+    job = json.loads((folder / "submissions" / "0.json").read_text(encoding="utf-8"))["job"]
 
     first = entries[0].folder  # stopped while it trains
     metrics = first / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("train/loss") > 10, 120)
+    wait_until(lambda: metrics.exists() and metrics.read_text(encoding="utf-8").count("train/loss") > 10, 120)
     with subprocess.Popen(["scancel", "--signal=USR1", "--batch", f"{job}_0"], env=cluster) as scancel:
         wait_until(lambda: read_status(first).get("status") == "preempted", 60)
         scancel.kill()  # it signals again and again
@@ -62,7 +64,7 @@ def test_an_array_goes_on_after_a_preemption_and_ends_as_if_nothing_had_been(
     assert sweep("status", runs, cluster).splitlines()[-1] == "4 finished"
     assert read_status(first)["resumed_from"] > 10
     assert "nothing remains" in sweep("resubmit", runs, cluster)
-    once = [(folder / "logs" / f"slurm-{job}_{i}.log").read_text().count("started") for i in range(4)]
+    once = [(folder / "logs" / f"slurm-{job}_{i}.log").read_text(encoding="utf-8").count("started") for i in range(4)]
     assert once == [2, 1, 1, 1]
 
     cfg = entries[0].cfg

@@ -111,7 +111,9 @@ def test_states_tell_what_remains(sweep: Sweep, monkeypatch: pytest.MonkeyPatch)
         at_step(patch, 4, stop)
         assert run(preempted.cfg) == 85
     killed.folder.mkdir(parents=True)
-    (killed.folder / "status.json").write_text(json.dumps({"status": "running", "step": 3, "message": ""}))
+    (killed.folder / "status.json").write_text(
+        json.dumps({"status": "running", "step": 3, "message": ""}), encoding="utf-8"
+    )
     found = states(sweep)
     assert [(s.name, s.step) for s in found] == [("finished", 10), ("preempted", 4), ("killed", 3), ("missing", 0)]
     assert [s.remains for s in found] == [False, True, True, True]
@@ -119,7 +121,9 @@ def test_states_tell_what_remains(sweep: Sweep, monkeypatch: pytest.MonkeyPatch)
     with claimed(killed.folder):  # as a training does
         assert state_of(killed.folder).name == "running"
     assert state_of(missing.folder, queued=True).name == "queued"
-    (killed.folder / "status.json").write_text(json.dumps({"status": "diverged", "step": 3, "message": "loss"}))
+    (killed.folder / "status.json").write_text(
+        json.dumps({"status": "diverged", "step": 3, "message": "loss"}), encoding="utf-8"
+    )
     assert not state_of(killed.folder).remains
 
 
@@ -131,7 +135,7 @@ def test_what_was_exported_is_not_run_again(sweep: Sweep, tmp_path: Path, said: 
         told = said("report.py", f"sweep={sweep.folder}", f"export={tmp_path}")
         assert sum("not exported" in line for line in told) == 3 - entry.index
         shutil.rmtree(entry.folder)
-    assert len((tmp_path / "a_b.csv").read_text().splitlines()) == 3
+    assert len((tmp_path / "a_b.csv").read_text(encoding="utf-8").splitlines()) == 3
     *_, task = said("sweep.py", "resubmit", f"sweep={sweep.folder}", f"exported={tmp_path}", "dry_run=true", "pack=4")
     assert task == f"task 0: {', '.join(entry.id for entry in rest)}"
     *_, summary = said("sweep.py", "status", f"sweep={sweep.folder}", f"exported={tmp_path}")
@@ -148,7 +152,9 @@ def test_a_run_costs_its_flops_at_the_rate_that_is_known(tmp_path: Path) -> None
     assert not found.measured
     about = {"command": "python scripts/bench.py train experiment=nanogpt_124m/muon", "device": "1 x NVIDIA H100: ..."}
     figures = {"tokens/s per device": 1e6}
-    (tmp_path / "some.json").write_text(json.dumps([{"benchmark": "train", "about": about, "figures": figures}]))
+    (tmp_path / "some.json").write_text(
+        json.dumps([{"benchmark": "train", "about": about, "figures": figures}]), encoding="utf-8"
+    )
     measured = cost(cfg, tmp_path / "some.json")
     assert measured is not None
     assert measured.measured
@@ -166,7 +172,7 @@ def test_a_stopped_sweep_saves_its_runs_and_begins_no_other(tmp_path: Path, samp
     script = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "run", "name=tiny", f"runs_dir={tmp_path}", "jobs=2"]
     folder = sweep_folder(tmp_path, "tiny")
     with subprocess.Popen(
-        [*script, *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*script, *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
     ) as process:
         wait_until(lambda: is_frozen(folder), 60)
         short, long, _ = open_sweep(folder).entries
@@ -219,14 +225,14 @@ def test_other_runs_under_a_name_that_has_begun_are_refused(sweep: Sweep, refuse
 def test_damaged_files_of_a_sweep_are_told(sweep: Sweep, refused: Refused, tmp_path: Path) -> None:
     own = ["status", f"sweep={sweep.folder}"]
     (sweep.folder / "submissions").mkdir()
-    (sweep.folder / "submissions" / "0.json").write_text("{")
+    (sweep.folder / "submissions" / "0.json").write_text("{", encoding="utf-8")
     refused("sweep.py", own, "0.json is damaged (JSONDecodeError")
     (sweep.folder / "submissions" / "0.json").unlink()
     moved = tmp_path / "b"
     shutil.copytree(sweep.folder, moved)
     refused("sweep.py", ["run", f"sweep={moved}"], "must lie at RUNS_DIR/sweeps/a/b, as its runs lie in RUNS_DIR")
     refused("sweep.py", ["submit", f"sweep={sweep.folder}", "dry_run=true", "sbatch=a 'b"], "close its quotes")
-    (sweep.folder / "sweep.json").write_text('{"name": "a/b"}')
+    (sweep.folder / "sweep.json").write_text('{"name": "a/b"}', encoding="utf-8")
     refused("sweep.py", own, "sweep.json has no title")
 
 
@@ -248,7 +254,7 @@ def test_a_submission_is_an_array_of_what_remains(sweep: Sweep, said: Said) -> N
 
 def test_every_sweep_of_the_paper_composes_and_its_page_is_up_to_date() -> None:
     page = runpy.run_path(str(ROOT / "scripts" / "paper.py"))["page"]()
-    assert (ROOT / "docs" / "paper.md").read_text() == page, "type python scripts/paper.py"
+    assert (ROOT / "docs" / "paper.md").read_text(encoding="utf-8") == page, "type python scripts/paper.py"
     for figure in (
         "Figures 2 and 8",
         "Figure 4, left",
@@ -261,11 +267,11 @@ def test_every_sweep_of_the_paper_composes_and_its_page_is_up_to_date() -> None:
 
 def test_runs_side_by_side_part_the_cores(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import os\nprint(os.environ['OMP_NUM_THREADS'])")
+    script.write_text("import os\nprint(os.environ['OMP_NUM_THREADS'])", encoding="utf-8")
     cores = len(os.sched_getaffinity(0))
     for given, slots, wanted in ((None, 1, cores), (None, cores, 1), (None, 2 * cores, 1), ("3", cores, 3)):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if given:
             monkeypatch.setenv("OMP_NUM_THREADS", given)
         launch(script, sweep, sweep.entries[:1], [[]] * slots, lambda line: None)
-        assert (sweep.folder / "logs" / "0.log").read_text().split()[-1] == str(wanted)
+        assert (sweep.folder / "logs" / "0.log").read_text(encoding="utf-8").split()[-1] == str(wanted)

@@ -42,7 +42,7 @@ def stop_after(folder: Path, step: int) -> None:
         if int(path.name.removeprefix("step_")) > step:
             shutil.rmtree(path)
     status = read_status(folder)
-    (folder / "status.json").write_text(json.dumps({**status, "status": "running"}))
+    (folder / "status.json").write_text(json.dumps({**status, "status": "running"}), encoding="utf-8")
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
@@ -98,13 +98,13 @@ LONG = ("steps=100000", "eval_every=0", "probe_every=0", "checkpoint_every=5")
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    return [int(pid) for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")]
 
 
 def plugin(folder: Path, module: str, code: str, group: str, config: str) -> dict[str, str]:
     """A user's module and the config that names it, below a folder; returns the environment that finds the module."""
-    (folder / f"{module}.py").write_text(code)
+    (folder / f"{module}.py").write_text(code, encoding="utf-8")
     (folder / group).mkdir(exist_ok=True)
-    (folder / group / f"{module}.yaml").write_text(config)
+    (folder / group / f"{module}.yaml").write_text(config, encoding="utf-8")
     return os.environ | {"PYTHONPATH": str(folder)}

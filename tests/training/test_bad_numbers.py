@@ -52,7 +52,7 @@ def test_a_bad_step_is_not_taken_but_counts_and_resumes(
     lines = read_metrics(folders[0])
     assert [(m["step"], m["train/skipped"]) for m in lines if "train/skipped" in m] == [(3, 1), (4, 2), (8, 3)]
     assert final_state(folders[0])["watch"]["skipped"] == 3
-    for line in (folders[0] / "metrics.jsonl").read_text().splitlines():
+    for line in (folders[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         assert "NaN" not in line
         assert "Infinity" not in line
     with monkeypatch.context() as patch:

@@ -32,14 +32,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
         (path / name).write_bytes(content)
     (saved[-3] / "SHA256SUMS").unlink()
     status = straight / "status.json"
-    status.write_text(json.dumps({**read_status(straight), "status": "running"}))
+    status.write_text(json.dumps({**read_status(straight), "status": "running"}), encoding="utf-8")
     train(tmp_path, sample)
     assert capsys.readouterr().out.count("is damaged; going on from the one before it") == 3
     assert (read_metrics(straight), read_status(straight)["resumed_from"]) == (before, 3)
     assert_same(final_state(straight), state)
     for path in list_checkpoints(straight / "checkpoints"):
-        (path / "state.json").write_text("{}")
-    status.write_text(json.dumps({**read_status(straight), "status": "running"}))
+        (path / "state.json").write_text("{}", encoding="utf-8")
+    status.write_text(json.dumps({**read_status(straight), "status": "running"}), encoding="utf-8")
     with pytest.raises(ConfigError, match="are damaged and there is no other; delete"):
         train(tmp_path, sample)
 
@@ -54,7 +54,7 @@ def test_every_nth_checkpoint_stays_and_latest_names_the_newest(tmp_path: Path) 
     saver.wait()
     saver.close()
     assert [p.name for p in list_checkpoints(tmp_path)] == [f"step_{i:08d}" for i in (4, 8, 9, 10)]
-    assert (tmp_path / "latest").read_text() == "step_00000010\n"
+    assert (tmp_path / "latest").read_text(encoding="utf-8") == "step_00000010\n"
     for path in list_checkpoints(tmp_path):
         assert whole(path)
         assert load_checkpoint(path)["tensor"].unique().item() == int(path.name[5:])

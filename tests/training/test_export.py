@@ -105,7 +105,7 @@ def test_transformers_loads_each_model_with_the_runs_logits_and_tokens(
     row = torch.randint(4096, (1, 32), generator=torch.Generator().manual_seed(1))
     command = [sys.executable, "-I", "-c", LOAD, json.dumps(row[0].tolist()), TEXT, *map(str, folders)]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "MISSING" not in done.stderr + done.stdout
     assert "newly initialized" not in done.stderr + done.stdout
@@ -128,7 +128,7 @@ def test_transformers_loads_each_model_with_the_runs_logits_and_tokens(
         folder = folders[runs.index(trained)]
         tables = [w for w in load_file(folder / "model.safetensors").values() if w.ndim == 2 and w.size(0) > 1000]
         assert {len(w) for w in tables} == {ours.cfg.model.vocab_size}  # no row of the padding
-        assert "causal" not in (folder / "config.json").read_text().replace("CausalLM", "")
+        assert "causal" not in (folder / "config.json").read_text(encoding="utf-8").replace("CausalLM", "")
 
 
 def test_x_y_and_e_are_exported_and_replace_each_other(export: Any, straight: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_x_y_and_e_are_exported_and_replace_each_other(export: Any, straight: Pa
     for at in "xye":
         export(straight, f"output={tmp_path / 'out'}", f"at={at}", "step=6")
         weights[at] = load_file(tmp_path / "out" / "model.safetensors")["model.transformer.wte.weight"]
-        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
         assert config["ema_nesterov_run"]["at"] == at
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert not torch.equal(weights["x"], weights["y"])
@@ -151,7 +151,7 @@ def test_x_y_and_e_are_exported_and_replace_each_other(export: Any, straight: Pa
 
 def test_the_card_has_the_loss_that_was_logged(export: Any, straight: Path, tmp_path: Path) -> None:
     export(straight, f"output={tmp_path / 'out'}", "at=e")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"| {read_metrics(straight)[-1]['val/ema_loss']:.4f} nats |" in card
     assert "at e, the weight EMA" in card
     assert "step | 10 of 10" in card
@@ -161,7 +161,9 @@ def test_without_its_shards_the_model_is_exported_alone(
     export: Any, straight: Path, sample: Path, tmp_path: Path
 ) -> None:
     moved = copied(straight, tmp_path / "runs")
-    (moved / "config.yaml").write_text((moved / "config.yaml").read_text().replace(str(sample), "gone"))
+    (moved / "config.yaml").write_text(
+        (moved / "config.yaml").read_text(encoding="utf-8").replace(str(sample), "gone"), encoding="utf-8"
+    )
     said = export(moved)
     assert "without a tokenizer: gone does not say which" in said
     assert "type path=SHARDS" in said

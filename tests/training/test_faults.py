@@ -122,14 +122,14 @@ def test_a_folder_that_holds_another_run_or_other_code_is_told(
 ) -> None:
     folder = copied(straight, tmp_path)
     status, path = folder / "status.json", folder / "config.yaml"
-    status.write_text(json.dumps({**read_status(folder), "status": "running"}))
-    saved = path.read_text()
-    path.write_text(saved.replace("# torch: ", "# torch: 1."))
+    status.write_text(json.dumps({**read_status(folder), "status": "running"}), encoding="utf-8")
+    saved = path.read_text(encoding="utf-8")
+    path.write_text(saved.replace("# torch: ", "# torch: 1."), encoding="utf-8")
     train(tmp_path, sample)
     assert f"warning: torch is {torch.__version__}, was 1.{torch.__version__}" in capsys.readouterr().out
-    assert f"# from step 10 on\n# torch: {torch.__version__}" in path.read_text()
-    status.write_text(json.dumps({**read_status(folder), "status": "running"}))
-    path.write_text(saved.replace("seq_len: 32", "seq_len: 64"))
+    assert f"# from step 10 on\n# torch: {torch.__version__}" in path.read_text(encoding="utf-8")
+    status.write_text(json.dumps({**read_status(folder), "status": "running"}), encoding="utf-8")
+    path.write_text(saved.replace("seq_len: 32", "seq_len: 64"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"says seq_len=64, this command seq_len=32; type seq_len=64, or runs_dir="):
         train(tmp_path, sample)
 
@@ -158,7 +158,7 @@ def test_neither_the_clock_nor_the_host_matters(
         patch.setattr(socket, "gethostname", lambda: "elsewhere")
         train(tmp_path / "moved", sample)
     assert_same_run(straight, moved)
-    times = [json.loads(line)["time"] for line in (moved / "metrics.jsonl").read_text().splitlines()]
+    times = [json.loads(line)["time"] for line in (moved / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert times == sorted(times)
 
 

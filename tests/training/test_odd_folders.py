@@ -20,14 +20,14 @@ from tests.training.runs import assert_same_run, at_step, copied, started, stop,
 
 
 def rewrite(path: Path, change: Callable[[str], str]) -> None:
-    path.write_text(change(path.read_text()))
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def resummed(checkpoint: Path) -> None:
     """Make the sums those of the files as they are."""
     names = ("tensors.safetensors", "state.json")
-    done = subprocess.run(["sha256sum", *names], cwd=checkpoint, capture_output=True, text=True, check=True)
-    (checkpoint / SUMS).write_text(done.stdout)
+    done = subprocess.run(["sha256sum", *names], cwd=checkpoint, capture_output=True, encoding="utf-8", check=True)
+    (checkpoint / SUMS).write_text(done.stdout, encoding="utf-8")
 
 
 def directory(path: Path) -> None:
@@ -37,17 +37,20 @@ def directory(path: Path) -> None:
 
 STATE, TENSORS = "checkpoints/step_00000009/state.json", "checkpoints/step_00000009/tensors.safetensors"
 GOES_ON: dict[str, Callable[[Path], object]] = {
-    "status.json is a list": lambda f: (f / "status.json").write_text("[1]"),
+    "status.json is a list": lambda f: (f / "status.json").write_text("[1]", encoding="utf-8"),
     "config.yaml is gone": lambda f: (f / "config.yaml").unlink(),
     "lines stand twice": lambda f: rewrite(
         f / "metrics.jsonl", lambda t: "".join(2 * (x + "\n") for x in t.split("\n"))
     ),
     "latest is a folder": lambda f: directory(f / "checkpoints" / "latest"),
-    "a state that is a list": lambda f: ((f / STATE).write_text("[]"), resummed((f / STATE).parent)),
-    "a state without a format": lambda f: ((f / STATE).write_text("{}"), resummed((f / STATE).parent)),
+    "a state that is a list": lambda f: ((f / STATE).write_text("[]", encoding="utf-8"), resummed((f / STATE).parent)),
+    "a state without a format": lambda f: (
+        (f / STATE).write_text("{}", encoding="utf-8"),
+        resummed((f / STATE).parent),
+    ),
     "half of the tensors": lambda f: (os.truncate(f / TENSORS, 1000), resummed((f / STATE).parent)),
     "a later step's name": lambda f: shutil.copytree((f / STATE).parent, f / "checkpoints" / "step_00000099"),
-    "a file for a checkpoint": lambda f: (f / "checkpoints" / "step_00000010").write_text(""),
+    "a file for a checkpoint": lambda f: (f / "checkpoints" / "step_00000010").write_text("", encoding="utf-8"),
     "an old STOP": lambda f: ((f / "STOP").touch(), os.utime(f / "STOP", (1, 1))),
 }
 
@@ -121,7 +124,7 @@ def test_a_resumed_run_holds_no_file_of_a_checkpoint_open(
     folder, maps = copied(straight, tmp_path), []
     stop_after(folder, 9)
     with monkeypatch.context() as patch:
-        at_step(patch, 1, lambda: maps.append(Path("/proc/self/maps").read_text()))
+        at_step(patch, 1, lambda: maps.append(Path("/proc/self/maps").read_text(encoding="utf-8")))
         train(tmp_path, sample)
     assert not re.search(re.escape(str(folder)), maps[0])
 
@@ -155,7 +158,10 @@ def test_a_fork_copies_the_lines_of_bad_steps_as_they_are(tmp_path: Path, straig
     origin = copied(straight, tmp_path / "origin")
     rewrite(origin / "metrics.jsonl", lambda text: re.sub(r'"train/loss": [\d.]+', '"train/loss": null', text, count=1))
     fork = train(tmp_path / "fork", sample, f"fork_from={origin}@6")
-    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (origin, fork)]
+    lines = [
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for f in (origin, fork)
+    ]
     assert lines[0][:6] == lines[1][:6]
     assert any(value is None for line in lines[1] for value in line.values())
     assert final_state(fork)["step"] == 10

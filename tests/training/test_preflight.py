@@ -95,7 +95,7 @@ def test_the_estimate_is_what_a_step_takes_on_a_cpu() -> None:
     # a child of its own for each, and what is freed is given back at once
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     process = subprocess.run(
-        [sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environ
+        [sys.executable, "-c", MEASURE], capture_output=True, encoding="utf-8", timeout=300, cwd=ROOT, env=environ
     )
     measured = dict(zip(CASES, map(int, process.stdout.split()), strict=True))
     estimated = {}
@@ -220,7 +220,7 @@ def test_findings_of_ranks_are_merged_by_the_worst() -> None:
 def script(*overrides: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     command = [sys.executable, *torchrun, str(ROOT / "scripts" / "preflight.py"), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
 
 
 def test_two_ranks_sum_and_the_first_prints_the_one_table(tmp_path: Path, sample: Path) -> None:

@@ -27,7 +27,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, straight: Path,
     shutil.copytree(straight.parents[2], tmp_path / "stopped")
     resumed = run_folder(tmp_path / "stopped")
     stop_after(resumed, stopped_at)
-    with open(resumed / "metrics.jsonl", "a") as f:
+    with open(resumed / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write('{"step": 10, "cut')  # a line that a crash cut short
     train(tmp_path / "stopped", sample)
     assert_same_run(straight, resumed)
@@ -133,7 +133,7 @@ def test_every_architecture_trains(tmp_path: Path, sample: Path, model: tuple[st
 
 def test_metrics_hold_what_the_design_promises(straight: Path) -> None:
     folder = straight
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all({"step", "tokens", "time"} <= set(line) for line in lines)
     assert all(line["tokens"] == line["step"] * 12 * 32 for line in lines)
     training = [line for line in lines if "train/loss" in line]
@@ -165,7 +165,7 @@ def test_the_first_step_which_compiles_is_left_out_of_the_speed(
 ) -> None:
     at_step(monkeypatch, 1, lambda: time.sleep(3))
     folder = train(tmp_path, sample, "log_every=5", "eval_every=0", "probe_every=0")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0]["perf/first_step_s"] > 3
     assert lines[0]["perf/step_ms"] < 3000 / 5
 

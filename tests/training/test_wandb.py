@@ -80,7 +80,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 def sync(*arguments: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "sync_wandb.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **kwargs)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, check=False, **kwargs)
 
 
 def expected(folder: Path) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def service() -> tuple[int, int]:
     parents, names = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended
-            pid, rest = stat.read_text().split(" (", 1)
+            pid, rest = stat.read_text(encoding="utf-8").split(" (", 1)
             name, fields = rest.rsplit(") ", 1)
             parents[int(pid)], names[int(pid)] = int(fields.split()[1]), name
 
@@ -144,12 +144,12 @@ def mirrored(folder: Path, until: int, then: Callable[[], object] = lambda: None
     cfg = OmegaConf.load(folder / "config.yaml")
     assert isinstance(cfg, DictConfig)
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     before = sum(json.loads(line)["step"] <= until for line in lines)
-    path.write_text("".join(lines[:before]))
+    path.write_text("".join(lines[:before]), encoding="utf-8")
     with mirror.mirror(cfg, folder):
         then()
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.writelines(lines[before:])
         end = time.monotonic()
     return time.monotonic() - end
@@ -293,8 +293,8 @@ def test_sync_sends_what_is_missing_once_and_ends_each_run_as_it_ended(folder: P
     for seed, status in enumerate(ends):
         copy = folder if seed == 0 else shutil.copytree(folder, folder.with_name(f"seed{seed}"))
         config = copy / "config.yaml"
-        config.write_text(config.read_text().replace("seed: 0", f"seed: {seed}"))
-        (copy / "status.json").write_text(json.dumps({"status": status}))
+        config.write_text(config.read_text(encoding="utf-8").replace("seed: 0", f"seed: {seed}"), encoding="utf-8")
+        (copy / "status.json").write_text(json.dumps({"status": status}), encoding="utf-8")
     done = sync(folder.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     served = {name[-1]: run for name, run in server.runs.items()}

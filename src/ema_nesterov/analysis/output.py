@@ -36,7 +36,7 @@ def figure(folder: Path, name: str, columns: int = 1, rows: int = 1, size: tuple
 
 def table(folder: Path, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """name.csv; numbers to 10 digits."""
-    with open(folder / f"{name}.csv", "w", newline="") as f:
+    with open(folder / f"{name}.csv", "w", encoding="utf-8", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(columns)
         writer.writerows([f"{cell:.10g}" if isinstance(cell, float) else cell for cell in row] for row in rows)

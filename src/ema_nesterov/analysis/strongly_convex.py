@@ -170,7 +170,7 @@ def summary(rows: list[tuple]) -> str:
     lines = []
     inside = [row for row in rows if not math.isnan(row[7])]
     if inside:
-        off = max([abs((1 - row[6]) / (1 - row[5]) - 1) for row in inside if row[0] == "quadratic"])
+        off = max(abs((1 - row[6]) / (1 - row[5]) - 1) for row in inside if row[0] == "quadratic")
         lines += [
             f"gamma <= 1 - 1/kappa: 1 - rate measured on quadratics is within {100 * off:.1f}% of theta",
             f"gamma <= 1 - 1/kappa: V_(t+1) / V_t is at most {max(row[8] / row[7] for row in inside):.4f} (1 - theta)",

@@ -57,7 +57,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Complete or absent, whatever stops the writing."""
         aside = folder / f".{NAME}.writing"
-        with open(aside, "w") as f:
+        with open(aside, "w", encoding="utf-8") as f:
             f.write(json.dumps(asdict(self), indent=1) + "\n")
             f.flush()
             os.fsync(f.fileno())
@@ -76,7 +76,7 @@ def load_manifest(folder: Path) -> Manifest | None:
     """None where there is none. Raises DataError when it cannot be read or is of another version."""
     path = folder / NAME
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise DataError(f"{path} has format {values['format']}, this code reads {FORMAT}; prepare the data again")
         values = {f.name: values[f.name] for f in fields(Manifest)}

@@ -149,7 +149,7 @@ def _from_json(path: Path) -> Tokenizer:
 
     digest = _hash(path)
     try:
-        rust = Rust.from_str(json.dumps(without_sentinels(json.loads(path.read_text()))))
+        rust = Rust.from_str(json.dumps(without_sentinels(json.loads(path.read_text(encoding="utf-8")))))
         rust.no_truncation()
         rust.no_padding()
         bare, whole = (rust.encode("a", add_special_tokens=add).ids for add in (False, True))

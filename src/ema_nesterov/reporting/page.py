@@ -57,7 +57,7 @@ def write_page(
         ),
         "</body></html>\n",
     ]
-    path.write_text("\n".join(parts))
+    path.write_text("\n".join(parts), encoding="utf-8")
 
 
 def words(said: Sequence[str]) -> str:
@@ -78,7 +78,7 @@ def html_table(table: Table) -> str:
 
 def html_figure(figure: Figure, number: int) -> str:
     """The SVG without its XML prologue. Each has ids of its own, or one figure would clip with another's paths."""
-    text = figure.svg.read_text()
+    text = figure.svg.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
     for mark in ('id="', "url(#", 'xlink:href="#'):
         text = text.replace(mark, f"{mark}f{number}-")

@@ -42,7 +42,7 @@ class Published:
 
 
 def load_published(path: Path) -> list[Published]:
-    return [Published(**entry) for entry in yaml.safe_load(path.read_text())["results"]]
+    return [Published(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["results"]]
 
 
 def published_for(cells: list[Cell], entries: list[Published], configs: Path) -> dict[int, Published]:

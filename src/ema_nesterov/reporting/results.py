@@ -77,7 +77,7 @@ def exported(folder: Path, sweep: str) -> set[str]:
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as f:
+    with open(path, "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -111,7 +111,7 @@ def row(run: Run, entry: Entry) -> dict[str, Any]:
 def provenance_of(run: Run) -> dict[str, str]:
     """What the head of config.yaml says: on what the run began."""
     try:
-        lines = (run.folder / "config.yaml").read_text().splitlines()
+        lines = (run.folder / "config.yaml").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     pairs = [line.removeprefix("# ").partition(": ") for line in lines if line.startswith("# ")]
@@ -154,7 +154,7 @@ def opened(path: Path, row: dict[str, str], cfg: DictConfig, metrics: list[dict[
 
 def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     try:
-        with open(path, newline="") as f:
+        with open(path, encoding="utf-8", newline="") as f:
             reader = csv.DictReader(f)
             rows = list(reader)
     except (OSError, ValueError, csv.Error) as e:

@@ -172,7 +172,7 @@ def parted(opened: list[Run | Unfinished]) -> tuple[list[Run], list[Unfinished]]
 def open_run(folder: Path) -> Run | Unfinished:
     """Raises DataError for a folder whose files train.py did not write."""
     try:
-        status = json.loads((folder / "status.json").read_text())
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
         if status["status"] != "finished":
             return Unfinished(folder, f"{status['status']} at step {status['step']} {status['message']}".strip())
         run = Run(folder, load_config(folder), status, read_metrics(folder / "metrics.jsonl"))

@@ -111,7 +111,7 @@ def open_studies(folder: Path, configs: Path) -> list[Study]:
         if path.stem not in known:
             raise DataError(f"{path} is of no sweep of configs/sweep; take it away")
         file, words = open_sweep_file(configs, known[path.stem]), path.with_suffix(".md")
-        text = words.read_text().strip() if words.exists() else ""
+        text = words.read_text(encoding="utf-8").strip() if words.exists() else ""
         runs, devices = read_results(path, configs), distinct(path, "device")
         studies.append(Study(known[path.stem], file.title, file.figures, text, runs, devices))
     return studies
@@ -127,7 +127,7 @@ def write_study(studies: Sequence[Study], output: Path) -> None:
     parts = [HEAD]
     for study in studies:
         parts += page(study, output)
-    (output / "README.md").write_text("\n\n".join(parts) + "\n")
+    (output / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def page(study: Study, output: Path) -> list[str]:

@@ -56,14 +56,14 @@ class Table:
 
     def write(self, folder: Path) -> None:
         """name.md and name.csv."""
-        with open(folder / f"{self.name}.csv", "w", newline="") as f:
+        with open(folder / f"{self.name}.csv", "w", encoding="utf-8", newline="") as f:
             if self.data is None:
                 csv.writer(f).writerows([self.columns, *self.rows])
             else:
                 writer = csv.DictWriter(f, list(dict.fromkeys(key for row in self.data for key in row)))
                 writer.writeheader()
                 writer.writerows(self.data)
-        (folder / f"{self.name}.md").write_text(f"{self.markdown()}\n")
+        (folder / f"{self.name}.md").write_text(f"{self.markdown()}\n", encoding="utf-8")
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]

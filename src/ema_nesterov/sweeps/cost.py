@@ -71,7 +71,7 @@ def model_flops(model: str, seq_len: int) -> int:
 def measured_rate(benchmarks: Path, model: str) -> float | None:
     """Tokens/s of one Hopper GPU training this model, the last that `scripts/bench.py train` recorded."""
     rate = None
-    for record in json.loads(benchmarks.read_text()) if benchmarks.exists() else []:
+    for record in json.loads(benchmarks.read_text(encoding="utf-8")) if benchmarks.exists() else []:
         command, device = record["about"]["command"], record["about"]["device"]
         named = f"experiment={model}/" in command or f"model={model} " in f"{command} "
         if record["benchmark"] == "train" and named and ("H100" in device or "H200" in device):

@@ -127,7 +127,7 @@ def progress(children: list[Child], waiting: int) -> str:
 
 
 def last_line(path: Path) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "it printed nothing"
 
 
@@ -137,7 +137,7 @@ def visible_gpus() -> list[str]:
     if given is not None:
         return [gpu for gpu in given.split(",") if gpu.strip()]
     try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in told.splitlines()))]

@@ -93,14 +93,14 @@ def freeze(folder: Path, name: str, file: SweepFile, runs: list[Planned]) -> Swe
 def open_sweep(folder: Path) -> Sweep:
     """Raises ConfigError where the folder holds no sweep that `freeze` wrote, or lies elsewhere than that put it."""
     try:
-        about = json.loads((folder / "sweep.json").read_text())
+        about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         if missing := [key for key in ("name", "title", "gpus", "figures", "git", "date") if key not in about]:
             raise ValueError(f"sweep.json has no {missing[0]}")
         place = ("sweeps", *Path(about["name"]).parts)
         if folder.resolve().parts[-len(place) :] != place:
             raise ConfigError(f"{folder} must lie at RUNS_DIR/{'/'.join(place)}, as its runs lie in RUNS_DIR; move it")
         folder = folder if len(folder.parts) >= len(place) else folder.resolve()
-        lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
         runs_dir = Sweep(folder, about, []).runs_dir
         entries = [Entry(i, line["id"], line["overrides"], line["config"], runs_dir) for i, line in enumerate(lines)]
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -86,7 +86,7 @@ def in_queue(sweep: Sweep) -> set[int]:
     held: set[int] = set()
     for path in submissions(sweep):
         try:
-            submission = json.loads(path.read_text())
+            submission = json.loads(path.read_text(encoding="utf-8"))
             for task in tasks_in_queue(submission["job"]):
                 held.update(submission["tasks"][task])
         except (OSError, ValueError, LookupError, TypeError) as e:
@@ -100,7 +100,7 @@ def tasks_in_queue(job: str | None) -> list[int]:
         return []
     try:
         command = ["squeue", "--noheader", "--array", "--format=%K", f"--jobs={job}"]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        told = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [int(task) for task in told.stdout.split() if task.isdigit()]

@@ -107,8 +107,8 @@ class Saver:
         try:
             aside.mkdir(parents=True)
             _save_tensors({name: t.contiguous() for name, t in tensors.items()}, aside / FILES[0])
-            (aside / FILES[1]).write_text(json.dumps(nest))
-            (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in FILES))
+            (aside / FILES[1]).write_text(json.dumps(nest), encoding="utf-8")
+            (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in FILES), encoding="utf-8")
             for path in (*aside.iterdir(), aside):
                 _sync(path)
             remove(final)  # damaged, and trained again
@@ -148,7 +148,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Any]:
-    nest = json.loads((path / FILES[1]).read_text())
+    nest = json.loads((path / FILES[1]).read_text(encoding="utf-8"))
     if nest["format"] > FORMAT:
         raise ConfigError(
             f"{path} has format {nest['format']}, this version reads up to {FORMAT}; update ema-nesterov, or type "
@@ -160,7 +160,7 @@ def _load(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, An
 def whole(path: Path) -> bool:
     """Whether a checkpoint is what was written, by its checksums, and of the step that it is named after."""
     try:
-        sums = dict(line.split("  ")[::-1] for line in (path / SUMS).read_text().splitlines())
+        sums = dict(line.split("  ")[::-1] for line in (path / SUMS).read_text(encoding="utf-8").splitlines())
         state = _load(path, load_file)
         return all(sums[name] == _sha256(path / name) for name in FILES) and state.get("step") == step_of(path)
     except ConfigError:  # of a newer version: who loads it is told

@@ -68,7 +68,7 @@ def world_size() -> int:
 def cpu_name() -> str:
     """As Linux tells it, or the kind of machine."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -33,9 +33,9 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except Timeout:
-        who = owner.read_text() if owner.exists() else "another process"
+        who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise ConfigError(f"{who} trains in {folder}; wait for it, stop it, or type another seed") from None
     except OSError as e:
         lock.release()
@@ -54,7 +54,7 @@ def begin(cfg: DictConfig, folder: Path, step: int = 0, device: str = "unknown")
     warnings = []
     if path.exists():
         require_same(cfg, path)
-        header = [line for line in path.read_text().splitlines() if line.startswith("# ")]
+        header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
         began = dict(line.removeprefix("# ").split(": ", 1) for line in header if ": " in line)  # the last of each key
         news = {key: value for key, value in here.items() if began.get(key) != value}
         if news and step:
@@ -98,7 +98,7 @@ def load_config(folder: Path) -> DictConfig:
     what refers to others could read this machine's environment."""
     path = folder / "config.yaml"
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         cfg = OmegaConf.create(text)
     except Exception as e:  # of YAML's and OmegaConf's there are many
         raise ConfigError(f"{path} cannot be read ({one_line(e)}); mend it, or take {folder} away") from None
@@ -117,7 +117,7 @@ def provenance() -> dict[str, str]:
     """The git revision of this code and the versions of the packages that decide the numbers."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+        revision = subprocess.run(git, capture_output=True, encoding="utf-8", timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         revision = ""
     packages = {}
@@ -135,7 +135,7 @@ def provenance() -> dict[str, str]:
 def read_status(folder: Path) -> dict[str, Any]:
     """Empty where there is none, or none that can be read."""
     try:
-        status = json.loads((folder / "status.json").read_text())
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}

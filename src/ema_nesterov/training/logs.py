@@ -160,7 +160,7 @@ def keep_until(path: Path, step: int) -> int:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Up to the first that a crash cut short or spoilt: a checkpoint never knows more than what lies before it."""
-    for text in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:
@@ -174,7 +174,7 @@ def write_atomically(path: Path, text: str) -> None:
     """All of the new text or all of the old, whatever happens meanwhile."""
     aside = path.with_name(f".{path.name}.writing")
     try:
-        with open(aside, "w") as f:
+        with open(aside, "w", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())

@@ -23,7 +23,7 @@ COPY = 3.0  # seconds: under torchrun a signal may come twice, from whoever sent
 def born() -> float:
     """When this process began, by the clock of files; where there is no telling, now."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return time.time()
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

@@ -40,7 +40,9 @@ def open_run(
     `wandb agent` it is the agent's run.
     """
     cfg: Any = load_config(folder)
-    header = [line for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("# ")]
+    header = [
+        line for line in (folder / "config.yaml").read_text(encoding="utf-8").splitlines() if line.startswith("# ")
+    ]
     provenance = dict(line.removeprefix("# ").split(": ", 1) for line in header if ": " in line)
     identity = f"{cfg.name}-{folder.resolve().parent.name.rpartition('-')[2]}"
     tags = [cfg[group].get("name") for group in ("model", "dataset", "optimizer", "lookahead")]
@@ -122,7 +124,7 @@ def finish(run: Any, status: str) -> None:
 def follow(path: Path, over: Event) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl as they come, until the training is over."""
     rest = ""
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         while True:
             last = over.is_set()
             *lines, rest = (rest + file.read()).split("\n")

