@@ -78,6 +78,13 @@ def take_step(optimizer: Optimizer, params: list[Tensor], step: int) -> None:
     optimizer.step()
 
 
+def anchors(wrapper: Any) -> list[Tensor]:
+    """The buffers of the parameters that have been stepped, out of the state that everybody sees."""
+    return [
+        entries[f"{wrapper.NAME}.anchor"] for entries in wrapper.state.values() if f"{wrapper.NAME}.anchor" in entries
+    ]
+
+
 def values(params: list[Tensor]) -> list[Tensor]:
     return [p.detach().clone() for p in params]
 

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from ema_nesterov.lookahead import EMANesterov
 from ema_nesterov.optim import SOAP, Aurora, Muon, NorMuon, Record30
 from tests.conftest import assert_same
-from tests.pairs import BASES, PAIRS, WRAPPERS, build_base, parameters, take_step, values
+from tests.pairs import BASES, PAIRS, WRAPPERS, anchors, build_base, parameters, take_step, values
 
 pairs = pytest.mark.parametrize(("wrapper", "base"), PAIRS)
 KINDS = ("adamw", "muon_nanogpt", "soap", "record30")  # of bases, where Muon's kin do not differ
@@ -143,7 +143,7 @@ def test_bfloat16_parameters_keep_float32_state_through_a_load(wrapper: str, bas
     for step in range(8):
         take_step(optimizer, straight, step)
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in straight)
-    assert all(a.dtype == torch.float32 for a in optimizer._anchor)
+    assert all(a.dtype == torch.float32 for a in anchors(optimizer))
     first, second = parameters(torch.bfloat16), parameters(torch.bfloat16)
     saved, loaded = make(wrapper, base, first), make(wrapper, base, second)
     for step in range(5):
@@ -304,7 +304,7 @@ def test_a_group_added_to_the_base_itself_is_wrapped_too(wrapper: str) -> None:
         take_step(optimizer, params[:2], step)
     optimizer.base.add_param_group({"params": params[2:]})
     take_step(optimizer, params, 4)
-    assert len(optimizer._anchor) == 5
+    assert len(anchors(optimizer)) == 5
 
 
 @pytest.mark.parametrize("wrapper", sorted(WRAPPERS))

@@ -17,7 +17,7 @@ from ema_nesterov.lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nest
 from ema_nesterov.optim import Chain, Muon
 from tests.conftest import assert_same
 from tests.lookahead.test_ema_nesterov import BASES, parameters, take_step
-from tests.pairs import WRAPPERS, values
+from tests.pairs import WRAPPERS, anchors, values
 from tests.trajectories import Trajectory
 
 
@@ -55,7 +55,7 @@ def test_leaving_a_position_restores_every_bit(name: str, dtype: torch.dtype) ->
         with wrapper.at_position(2.0), wrapper.at_iterate():
             pass
         assert_same(values(params), y)
-    assert all(a.dtype == torch.float32 for a in wrapper._anchor)
+    assert all(a.dtype == torch.float32 for a in anchors(wrapper))
 
 
 @pytest.mark.parametrize("base", sorted(BASES))
@@ -140,7 +140,7 @@ def test_the_direction_of_gpa_runs_from_x_to_z() -> None:
         take_step(gpa, params, step)
     y = values(params)
     with gpa.at_position(1.0):
-        close(params, gpa._anchor)
+        close(params, anchors(gpa))
     with gpa.at_position(1 - 0.6):
         close(params, y)
 

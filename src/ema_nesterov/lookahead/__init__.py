@@ -6,6 +6,6 @@ from .lookahead import Lookahead
 from .nala import NALA
 from .nesterov import Nesterov
 from .snoo import SNOO
-from .wrapper import Wrapper
+from .wrapper import Wrapper, wrapper_in
 
-__all__ = ["GPA", "NALA", "SNOO", "EMANesterov", "Lookahead", "Nesterov", "Wrapper"]
+__all__ = ["GPA", "NALA", "SNOO", "EMANesterov", "Lookahead", "Nesterov", "Wrapper", "wrapper_in"]

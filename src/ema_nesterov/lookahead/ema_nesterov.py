@@ -29,56 +29,69 @@ With gamma = 0 (plain Nesterov) m_t = x_t - x_{t-1}: the buffer is x_{t-1}, and 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..optim.contract import parameters_of
+from ..optim.ranges import FRACTION, require
 from .fused import average_and_extrapolate_
-from .wrapper import Alpha, Wrapper, lerp_
+from .wrapper import Alpha, Moved, Wrapper, lerp_
 
 
 class EMANesterov(Wrapper):
     """EMA-Nesterov around `base` (the paper's Algorithm 1) with one extra buffer.
 
     base: any `torch.optim.Optimizer`, which takes the steps.
-    alpha: lookahead step size, a float or a function of the step (see `schedules.lookahead_alpha`).
+    alpha: lookahead step size, a float or a function of the step (see `schedules.lookahead_alpha`); 0.3 to 0.9 in
+        the paper. Below 0 it looks back along the average, down to -1/k, where e lies.
     ema_decay: gamma in [0, 1), the rate of the EMA of the updates; 0 is plain Nesterov.
     warm_start: begin m at the first displacement, m_1 = x_1 - x_0, as the released code does.
 
-    Raises ValueError when ema_decay is outside [0, 1).
+    Raises ValueError when ema_decay or alpha is out of range.
     """
 
-    _line = ("ema_decay",)
+    NAME = "EMANesterov"
+    RANGES: ClassVar = {"ema_decay": FRACTION}
+    LINE = ("ema_decay",)
 
     def __init__(self, base: Optimizer, alpha: Alpha, ema_decay: float, warm_start: bool = False):
-        if not 0.0 <= ema_decay < 1.0:
-            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        super().__init__(base, alpha)
+        require(self.RANGES, locals())
         self.ema_decay = ema_decay
         self.warm_start = warm_start
         self.k = (1 - ema_decay) / ema_decay if ema_decay else 1.0
+        super().__init__(base, alpha)
 
     def average(self) -> list[Tensor]:
-        """The buffers themselves: e_t, the EMA of the weights (x_{t-1} when ema_decay is 0)."""
-        return self._anchor
+        """e_t, the EMA of the weights (x_{t-1} when ema_decay is 0): the buffers themselves, in the order of the
+        parameters. A parameter that was never stepped is its own average."""
+        return [self._own[p]["anchor"] if self._own.get(p) else p.detach() for p in parameters_of(self)]
 
-    def _weight(self, position: float) -> float:
-        return (1 + position * self.k) / (1 + self.alpha_t * self.k)
+    def _weight(self, position: float, alpha: float) -> float:
+        return (1 + position * self.k) / (1 + alpha * self.k)
 
-    def _before(self, parameters: list[Tensor]) -> None:
+    def _lowest_alpha(self) -> float:
+        return -1 / self.k
+
+    def _before(self, moved: Moved) -> None:
         if self.ema_decay == 0:  # the buffer, x_{t-1}, becomes x_t, recovered from y_t
-            lerp_(self._anchor, self._wide(parameters), self._weight(0.0))
+            lerp_(moved.anchors, moved.wide(), self._weight(0.0, self.alpha_t))
 
-    def _after(self, parameters: list[Tensor]) -> None:
-        e, extrapolation = self._anchor, -self.alpha_t * self.k
-        if self.ema_decay:
-            first = self.warm_start and self.taken == 1
-            # m_1 = k (x_1 - e_1) is x_1 - x_0 when e_1 = x_0 + (1 - 1/k) (x_1 - x_0)
-            share = 1 - 1 / self.k if first else 1 - self.ema_decay
+    def _after(self, moved: Moved) -> None:
+        e, extrapolation = moved.anchors, -self.alpha_t * self.k
+        if self.ema_decay == 0:
             if self.alpha_t:
-                average_and_extrapolate_(e, parameters, share, extrapolation)
+                x = moved.wide()
+                lerp_(x, e, extrapolation)
+                moved.put(x)
+            return
+        # m_1 = k (x_1 - e_1) is x_1 - x_0 when e_1 = x_0 + (1 - 1/k) (x_1 - x_0)
+        shares = [1 - 1 / self.k if self.warm_start and new else 1 - self.ema_decay for new in moved.new]
+        for share in dict.fromkeys(shares):
+            part = [i for i, its in enumerate(shares) if its == share]
+            averages, points = [e[i] for i in part], [moved.points[i] for i in part]
+            if self.alpha_t:
+                average_and_extrapolate_(averages, points, share, extrapolation)
             else:
-                lerp_(e, self._wide(parameters), share)
-        elif self.alpha_t:
-            x = self._wide(parameters)
-            lerp_(x, e, extrapolation)
-            self._narrow(parameters, x)
+                lerp_(averages, [x.to(a.dtype) for x, a in zip(points, averages, strict=True)], share)

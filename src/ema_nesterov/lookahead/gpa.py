@@ -14,11 +14,14 @@ and base updates multiplied by 1 - mu_y; with mu_x = mu_y it is Nesterov, with m
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .wrapper import Wrapper, lerp_
+from ..optim.ranges import ABOVE_0, FRACTION, require
+from .wrapper import Moved, Wrapper, lerp_
 
 
 class GPA(Wrapper):
@@ -28,26 +31,28 @@ class GPA(Wrapper):
     Raises ValueError when either is out of range.
     """
 
-    _line = ("mu_y",)
+    NAME = "GPA"
+    RANGES: ClassVar = {"mu_x": FRACTION, "mu_y": ABOVE_0}
+    LINE = ("mu_y",)
 
     def __init__(self, base: Optimizer, mu_x: float, mu_y: float):
-        if not (0 <= mu_x < 1 and 0 < mu_y <= 1):
-            raise ValueError(f"mu_x must be in [0, 1) and mu_y in (0, 1], got {mu_x} and {mu_y}")
-        super().__init__(base, 1 - mu_y)
+        require(self.RANGES, locals())
         self.mu_x, self.mu_y = mu_x, mu_y
-        self._start: list[Tensor] = []  # y_t while the base takes its step
+        super().__init__(base, 1 - mu_y)
 
-    def _weight(self, position: float) -> float:
+    def _weight(self, position: float, alpha: float) -> float:
         return (1 - position) / self.mu_y
 
-    def _before(self, parameters: list[Tensor]) -> None:
-        self._start = [p.detach().to(z.dtype, copy=True) for p, z in zip(parameters, self._anchor, strict=True)]
+    def _gradient_position(self, alpha: float) -> float:
+        return 1 - self.mu_y
 
-    def _after(self, parameters: list[Tensor]) -> None:
-        y, z, u = self._start, self._anchor, self._wide(parameters)
+    def _before(self, moved: Moved) -> list[Tensor]:
+        return moved.wide(copy=True)  # y_t
+
+    def _after(self, moved: Moved) -> None:
+        y, z, u = moved.kept, moved.anchors, moved.wide()
         torch._foreach_sub_(u, y)
         lerp_(y, z, 1 - self.mu_x)
         torch._foreach_add_(y, u, alpha=1 - self.mu_x * self.mu_y)
         torch._foreach_add_(z, u)
-        torch._foreach_copy_(parameters, y)
-        self._start = []
+        torch._foreach_copy_(moved.points, y)

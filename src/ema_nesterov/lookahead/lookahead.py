@@ -16,52 +16,74 @@ Syncs come after exactly k steps (the released code's first comes after k + 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
+from ..optim.contract import Composite, State, local, parameters_of
 from ..optim.matrix import MatrixOptimizer
-from .wrapper import Alpha, Wrapper, lerp_
+from ..optim.ranges import AT_LEAST_0, COUNT, SWITCH, one_of, require
+from .wrapper import Alpha, Moved, Wrapper, lerp_
 
 COUNTERS = ("step", "mu_product", "mu", "eta")  # in the states of torch's optimizers
+SYNCED = "synced."  # a moment of the base as it was at the last sync
 
 
 class Lookahead(Wrapper):
     """Lookahead around `base`. x is slow, position 1 is fast; alpha above 1 extrapolates.
 
-    alpha: of the slow step; the smallest one when adaptive. k: fast steps to a sync.
+    alpha: of the slow step, at least 0; the smallest one when adaptive. k: fast steps to a sync.
     inner_state: "maintain", "interpolate" or "reset" the base's moments (never its step counters).
     adaptive: choose alpha by Proposition 1; the base must keep a second moment, as Adam does.
-    Raises ValueError for another inner_state, k below 1, or an adaptive base without a second moment.
+
+    Raises ValueError for a setting out of range, a base whose moments cannot be reached or interpolated, or, in the
+    step of the first sync, an adaptive base without a second moment.
     """
 
-    def __init__(self, base: Optimizer, alpha: Alpha, k: int, inner_state: str = "maintain", adaptive: bool = False):
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        if inner_state not in ("maintain", "interpolate", "reset"):
-            raise ValueError(f"inner_state must be maintain, interpolate or reset, got {inner_state!r}")
-        super().__init__(base, alpha)
-        self.k, self.inner_state, self.adaptive = k, inner_state, adaptive
-        self._moments: dict[Tensor, dict[str, Tensor]] = {}  # the base's at the last sync, if they are interpolated
+    NAME = "Lookahead"
+    RANGES: ClassVar = {"k": COUNT, "inner_state": one_of(("maintain", "interpolate", "reset")), "adaptive": SWITCH}
 
-    def _weight(self, position: float) -> float:
+    def __init__(self, base: Optimizer, alpha: Alpha, k: int, inner_state: str = "maintain", adaptive: bool = False):
+        require(self.RANGES, locals())
+        self.k, self.inner_state, self.adaptive = k, inner_state, adaptive
+        if inner_state != "maintain" and isinstance(base, Optimizer):
+            for member in members(base):
+                _require_open(member, inner_state)
+        super().__init__(base, alpha)
+
+    def _require_alpha(self, alpha: float) -> None:
+        require({"alpha": AT_LEAST_0}, {"alpha": alpha})
+
+    def _weight(self, position: float, alpha: float) -> float:
         return position
 
-    def _after(self, parameters: list[Tensor]) -> None:
+    def _gradient_position(self, alpha: float) -> float:
+        return 1.0
+
+    def _before(self, moved: Moved) -> None:
+        if self.adaptive and any(hasattr(p, "placements") for p in moved.parameters):
+            raise TypeError("an adaptive alpha is a sum over whole parameters: it does not take DTensors")
+        if self.inner_state != "maintain" and self.taken:
+            for member in members(self.base):
+                if not any(member.state.values()) and not isinstance(member, SGD):
+                    raise ValueError(
+                        f"{type(member).__name__} keeps no state that Lookahead can reach: inner_state must be maintain"
+                    )
+
+    def _after(self, moved: Moved) -> None:
         if self.taken % self.k:
             return
-        slow, fast = self._anchor, self._wide(parameters)
+        slow, fast = moved.anchors, moved.wide()
         if self.adaptive:
-            alpha = self._best_alpha(parameters, slow, fast)
-            move = torch._foreach_mul(torch._foreach_sub(fast, slow), alpha)
-            torch._foreach_add_(slow, move)
+            alpha = self._best_alpha(moved.parameters, slow, fast)
+            torch._foreach_add_(slow, torch._foreach_mul(torch._foreach_sub(fast, slow), alpha))
         else:
             lerp_(slow, fast, self.alpha_t)
-        torch._foreach_copy_(parameters, slow)
-        self._sync_moments()
+        torch._foreach_copy_(moved.points, slow)
+        self._sync_moments(set(moved.parameters))
 
     def _best_alpha(self, parameters: list[Tensor], slow: list[Tensor], fast: list[Tensor]) -> Tensor:
         """alpha* as a tensor without dimensions, so that no device is waited for."""
@@ -69,7 +91,7 @@ class Lookahead(Wrapper):
         curvature = torch.zeros_like(slope)
         displacement = dict(zip(parameters, torch._foreach_sub(fast, slow), strict=True))  # that is -d
         for p, state, group in inner_states(self.base):
-            if p.grad is None:
+            if p not in displacement:
                 continue
             if "exp_avg_sq" not in state:
                 raise ValueError("an adaptive alpha needs a base that keeps a second moment (exp_avg_sq), as Adam does")
@@ -80,60 +102,67 @@ class Lookahead(Wrapper):
         alpha = 1 + slope / curvature
         return torch.where(curvature > 0, alpha, torch.ones_like(alpha)).clamp(self.alpha_t, 1).to(slow[0].dtype)
 
-    def _sync_moments(self) -> None:
+    def _sync_moments(self, moved: set[Tensor]) -> None:
         if self.inner_state == "maintain":
             return
-        held = [(p, moments(p, state)) for p, state, _ in inner_states(self.base)]
-        now = [value for _, values in held for value in values.values()]
+        held = [(p, moments(p, state)) for p, state, _ in inner_states(self.base) if p in moved]
+        now = [local(value) for _, values in held for value in values.values()]
         if not now:  # a base without memory
             return
         if self.inner_state == "reset":
             torch._foreach_zero_(now)
             return
-        if any(name.startswith("rotated") for _, values in held for name in values):
-            raise ValueError("SOAP's moments turn with its bases and cannot be interpolated: maintain or reset them")
-        # there were none at the start
-        before = [self._moments.get(p, {}).get(k, torch.zeros_like(v)) for p, m in held for k, v in m.items()]
+        own = self._own  # there were none at the start
+        before = [local(own[p].get(SYNCED + k, torch.zeros_like(v))) for p, m in held for k, v in m.items()]
         torch._foreach_lerp_(now, before, 1 - self.alpha_t)
-        self._moments = {p: {k: v.clone() for k, v in values.items()} for p, values in held if values}
+        for p, values in held:
+            own[p].update({SYNCED + k: v.clone() for k, v in values.items()})
 
-    def state_dict(self) -> dict[str, Any]:
-        index = {p: i for i, p in enumerate(self._parameters())}
-        complete: dict[Tensor, dict[str, Tensor]] = {}
+    def _pack(self) -> dict[str, Any]:
+        saved, ids = super()._pack(), {p: i for i, p in enumerate(parameters_of(self))}
         for member in members(self.base):  # one that shares its state over ranks knows how to complete it
-            own = {p: self._moments[p] for group in member.param_groups for p in group["params"] if p in self._moments}
-            complete |= member.gather(own) if isinstance(member, MatrixOptimizer) else own
-        return {**super().state_dict(), "moments": {index[p]: values for p, values in complete.items()}}
+            if isinstance(member, MatrixOptimizer) and self.inner_state == "interpolate":
+                for p, values in member.gather({p: synced(self._own[p]) for p in parameters_of(member)}).items():
+                    saved["state"].setdefault(ids[p], {}).update({self._prefix + k: v for k, v in values.items()})
+        return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        held = {p for p, state, _ in inner_states(self.base) if state}
-        self._moments = {
-            p: {k: v.to(p.device, copy=True) for k, v in state_dict["moments"][i].items()}
-            for i, p in enumerate(self._parameters())
-            if i in state_dict["moments"] and p in held
-        }
+    def _unpack(self, saved: Mapping[str, Any]) -> None:
+        super()._unpack(saved)
+        for p, state, _ in inner_states(self.base):
+            if p in self._own and not moments(p, state):  # another rank's
+                self._own[p] = {k: v for k, v in self._own[p].items() if not k.startswith(SYNCED)}
 
 
-def moments(p: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
+def moments(p: Tensor, state: State) -> dict[str, Tensor]:
     """What a state remembers per weight or per row: tensors of as many dimensions as the parameter."""
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim == p.ndim and k not in COUNTERS}
 
 
+def synced(buffers: State) -> State:
+    return {k: v for k, v in buffers.items() if k.startswith(SYNCED)}
+
+
+def _require_open(member: Optimizer, inner_state: str) -> None:
+    """Raise ValueError unless the moments of a base can be reached, and keep their meaning."""
+    name = type(member).__name__
+    if inner_state == "interpolate" and not getattr(member, "INTERPOLATES", True):
+        raise ValueError(f"{name}'s moments turn with its bases and cannot be interpolated: maintain or reset them")
+    if any(isinstance(value, Optimizer) for value in vars(member).values()):  # as ZeroRedundancyOptimizer's
+        raise ValueError(f"{name} hides the state of the optimizer in it, which cannot be {inner_state}: maintain it")
+
+
 def members(optimizer: Any) -> Iterator[Optimizer]:
     """The optimizers that take the steps, through chains and wrappers."""
-    if hasattr(optimizer, "optimizers"):
-        for member in optimizer.optimizers:
+    if isinstance(optimizer, Composite):
+        for member in optimizer._members:
             yield from members(member)
-    elif isinstance(optimizer, Wrapper):
-        yield from members(optimizer.base)
     else:
         yield optimizer
 
 
-def inner_states(optimizer: Any) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-    """(parameter, state, group) of each parameter of a base; the state is empty on ranks that do not own it."""
+def inner_states(optimizer: Any) -> Iterator[tuple[Tensor, State, dict[str, Any]]]:
+    """(parameter, state, group) of each parameter of a base; the state has no tensors on ranks that do not own it."""
     for member in members(optimizer):
         for group in member.param_groups:
             for p in group["params"]:
-                yield p, member.state.get(p, {}), group
+                yield p, member.state.get(p) or {}, group

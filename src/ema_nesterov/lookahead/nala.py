@@ -8,36 +8,44 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import ClassVar
+
 from torch.optim import Optimizer
 
-from .wrapper import Alpha, Wrapper, lerp_
+from ..optim.ranges import COUNT, require
+from .wrapper import Alpha, Moved, Wrapper, lerp_
 
 
 class NALA(Wrapper):
     """K-step Nesterov lookahead around `base`; the direction is x_t minus x at the last sync.
 
-    alpha: lookahead step size, a float or a function of the step. k: steps from sync to sync.
-    Raises ValueError when k is below 1.
+    alpha: lookahead step size above -1, a float or a function of the step. k: steps from sync to sync.
+    Raises ValueError when k is no whole number of at least 1.
     """
 
+    NAME = "NALA"
+    RANGES: ClassVar = {"k": COUNT}
+
     def __init__(self, base: Optimizer, alpha: Alpha, k: int):
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        super().__init__(base, alpha)
+        require(self.RANGES, locals())
         self.k = k
+        super().__init__(base, alpha)
 
-    def _weight(self, position: float) -> float:
-        return (1 + position) / (1 + self.alpha_t)
+    def _weight(self, position: float, alpha: float) -> float:
+        return (1 + position) / (1 + alpha)
 
-    def _before(self, parameters: list[Tensor]) -> None:
+    def _lowest_alpha(self) -> float:
+        return -1.0
+
+    def _alpha_after(self, alpha: float) -> float:
+        return 0.0 if self.taken % self.k else alpha
+
+    def _before(self, moved: Moved) -> None:
         if self.taken % self.k == 0:  # a sync: the buffer becomes x_t, recovered from y_t
-            lerp_(self._anchor, self._wide(parameters), self._weight(0.0))
+            lerp_(moved.anchors, moved.wide(), self._weight(0.0, self.alpha_t))
 
-    def _after(self, parameters: list[Tensor]) -> None:
-        if self.taken % self.k:
-            self._now.alpha_t = 0.0
+    def _after(self, moved: Moved) -> None:
         if self.alpha_t:
-            y = self._wide(parameters)
-            lerp_(y, self._anchor, -self.alpha_t)
-            self._narrow(parameters, y)
+            y = moved.wide()
+            lerp_(y, moved.anchors, -self.alpha_t)
+            moved.put(y)

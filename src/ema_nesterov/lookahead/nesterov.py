@@ -15,7 +15,9 @@ from .wrapper import Alpha
 
 
 class Nesterov(EMANesterov):
-    """Nesterov lookahead around `base`; alpha is a float or a function of the step."""
+    """Nesterov lookahead around `base`; alpha is a float above -1 or a function of the step."""
+
+    NAME = "Nesterov"
 
     def __init__(self, base: Optimizer, alpha: Alpha):
         super().__init__(base, alpha, ema_decay=0.0)

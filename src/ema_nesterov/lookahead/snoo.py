@@ -11,49 +11,50 @@ first comes after k + 1).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .wrapper import Wrapper
+from ..optim.contract import State
+from ..optim.ranges import COUNT, FRACTION, NUMBER, require
+from .wrapper import Moved, Wrapper
 
 
 class SNOO(Wrapper):
     """SNOO around `base`. x is slow, position 1 is fast.
 
     lr: of the outer step. momentum: mu of the outer step, in [0, 1). k: inner steps to a sync.
-    Raises ValueError when momentum or k is out of range.
+    Raises ValueError when one of them is out of range.
     """
 
-    def __init__(self, base: Optimizer, lr: float, momentum: float, k: int):
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        super().__init__(base, 1.0)
-        self.lr, self.momentum, self.k = lr, momentum, k
-        self._b: list[Tensor] = []
+    NAME = "SNOO"
+    RANGES: ClassVar = {"lr": NUMBER, "momentum": FRACTION, "k": COUNT}
+    BUFFERS = ("anchor", "b")
 
-    def _weight(self, position: float) -> float:
+    def __init__(self, base: Optimizer, lr: float, momentum: float, k: int):
+        require(self.RANGES, locals())
+        self.lr, self.momentum, self.k = lr, momentum, k
+        super().__init__(base, 1.0)
+
+    def _weight(self, position: float, alpha: float) -> float:
         return position
 
-    def _after(self, parameters: list[Tensor]) -> None:
+    def _gradient_position(self, alpha: float) -> float:
+        return 1.0
+
+    def _buffers_for(self, p: Tensor) -> State:
+        buffers = super()._buffers_for(p)
+        return {**buffers, "b": torch.zeros_like(buffers["anchor"])}
+
+    def _after(self, moved: Moved) -> None:
         if self.taken % self.k:
             return
-        slow, move = self._anchor, self._wide(parameters)
+        slow, b, move = moved.anchors, moved.of("b"), moved.wide()
         torch._foreach_sub_(move, slow)  # fast - slow, that is -s
-        if not self._b:
-            self._b[:] = [torch.zeros_like(a) for a in slow]
-        torch._foreach_mul_(self._b, self.momentum)
-        torch._foreach_sub_(self._b, move)
+        torch._foreach_mul_(b, self.momentum)
+        torch._foreach_sub_(b, move)
         torch._foreach_add_(slow, move, alpha=self.lr)
-        torch._foreach_add_(slow, self._b, alpha=-self.lr * self.momentum)
-        torch._foreach_copy_(parameters, slow)
-
-    def _add_buffers(self, parameters: list[Tensor]) -> None:
-        super()._add_buffers(parameters)
-        if self._b:
-            self._b += [torch.zeros_like(a) for a in self._anchor[len(self._b) :]]
-
-    def _buffers(self) -> dict[str, list[Tensor]]:
-        return {"anchor": self._anchor, "b": self._b}
+        torch._foreach_add_(slow, b, alpha=-self.lr * self.momentum)
+        torch._foreach_copy_(moved.points, slow)

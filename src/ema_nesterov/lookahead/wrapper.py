@@ -1,4 +1,4 @@
-"""What every lookahead wrapper shares: an anchor buffer, positions on a line, modes and state.
+"""What every lookahead wrapper shares: an anchor for each parameter, positions on a line, modes and state.
 
 While training, the parameters hold the lookahead point y_t, where gradients are taken. Each wrapper
 keeps one more copy of the weights, its anchor, chosen such that the iterate x_t, the lookahead
@@ -6,30 +6,41 @@ point y_t and every position x_t + a d_t lie on the line from the anchor through
 
     x_t + a d_t = anchor + w(a) (y_t - anchor)
 
-An algorithm is therefore three small methods: `_weight` (w above), and `_before` and `_after`, what
-happens to the anchor and the parameters around the base optimizer's step.
+An algorithm is therefore a few small methods: `_weight` (w above), `_gradient_position` (the a of y_t), and
+`_before` and `_after`, what happens to the anchor and the parameters around the base optimizer's step.
+
+A parameter without a gradient is left alone: x and anchor stay, and only y follows alpha along the line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim.match import load_own, require_match
+from ..optim.contract import (
+    ALLOCATED,
+    UNSTEPPED,
+    Composite,
+    State,
+    eager,
+    entries_of,
+    local,
+    parameters_of,
+    require_shape,
+    with_gradients,
+)
+from ..optim.matrix import wide_dtype
+from ..optim.ranges import Range, number
 
 Alpha = float | Callable[[int], float]
-
-
-def buffer_dtype(parameter: Tensor) -> torch.dtype:
-    """Buffers are float32, or float64 for float64 parameters: bfloat16 would lose the small updates."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def lerp_(target: list[Tensor], end: list[Tensor], weight: float) -> None:
@@ -44,33 +55,72 @@ class Now:
     steps: int = 0  # completed
     skipped: int = 0  # of them, not taken
     alpha_t: float = 0.0  # the alpha that made y_t
-    y: list[Tensor] | None = None  # copy of y_t while the parameters hold another position
-    position: float | None = None  # that position; None: the parameters hold y_t
-    mixed: bool = False  # some parameter is of lower precision than its buffer
+    position: float | None = None  # where the parameters are; None: at y_t
 
 
-class Wrapper(Optimizer):
+@dataclass
+class Moved:
+    """The parameters that a step moves, and what its first half keeps for the second."""
+
+    parameters: list[Tensor]
+    buffers: list[State]  # of each; see `Wrapper._own`
+    new: list[bool]  # whether this is a parameter's first step
+    kept: Any = None
+    points: list[Tensor] = field(init=False)  # the parameters; of DTensors this rank's part
+    anchors: list[Tensor] = field(init=False)
+    mixed: bool = field(init=False)  # some parameter is of lower precision than its buffers
+
+    def __post_init__(self) -> None:
+        self.points, self.anchors = [local(p) for p in self.parameters], self.of("anchor")
+        self.mixed = any(p.dtype != a.dtype for p, a in zip(self.points, self.anchors, strict=True))
+
+    def of(self, name: str) -> list[Tensor]:
+        """A buffer of each parameter."""
+        return [local(buffers[name]) for buffers in self.buffers]
+
+    def wide(self, copy: bool = False) -> list[Tensor]:
+        """The parameters in their buffers' dtype: themselves, or copies where one is of lower precision."""
+        if not (self.mixed or copy):
+            return self.points
+        return [p.detach().to(a.dtype, copy=copy) for p, a in zip(self.points, self.anchors, strict=True)]
+
+    def put(self, values: list[Tensor]) -> None:
+        """Round values in the buffers' dtype into the parameters."""
+        if values is not self.points:
+            torch._foreach_copy_(self.points, values)
+
+
+class Wrapper(Composite):
     """Base of the lookahead wrappers: a real `torch.optim.Optimizer` around another one.
 
-    `param_groups` is the base's own list, so a learning-rate scheduler on either moves both. The
-    wrapper's state is its own: nothing is ever written into the base's. `alpha` is a float or a
-    function of the number of completed steps. Buffers are made at the first `step()`.
+    `param_groups` is the base's own list, so a learning-rate scheduler on either moves both. The wrapper's state
+    is its own: nothing is ever written into the base's, and `state` and `state_dict()` show both as one. `alpha`
+    is a float or a function of the number of completed steps; what the line allows depends on the wrapper.
+    Buffers are made at a parameter's first step.
     """
 
-    _line: tuple[str, ...] = ()  # the settings that decide where on the line y_t lies: a state fits no others
+    NAME: ClassVar[str]  # under which the state is saved; subclasses of an algorithm keep it
+    RANGES: ClassVar[dict[str, Range]] = {}
+    LINE: ClassVar[tuple[str, ...]] = ()  # settings that decide where on the line y_t lies: a state fits no others
+    BUFFERS: ClassVar[tuple[str, ...]] = ("anchor",)
 
     def __init__(self, base: Optimizer, alpha: Alpha):
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
-        if not callable(alpha) and not alpha >= 0:
-            raise ValueError(f"alpha must be at least 0, got {alpha}")
-        self.base: Any = SimpleNamespace()  # takes the list that Optimizer.__init__ assigns
-        super().__init__(base.param_groups, {})
-        self.base = base
-        self.defaults = base.defaults  # some of torch's schedulers look into it
-        self.alpha = alpha
-        self._anchor: list[Tensor] = []
+        level = 1 + sum(name.rpartition(".")[0].startswith(self.NAME) for name in _counters(base))
+        self._prefix = f"{self.NAME}{level if level > 1 else ''}."
+        self._own: defaultdict[Tensor, State] = defaultdict(dict)  # by parameter: anchor; y, x while they are kept
         self._now = Now()
+        self.alpha = alpha
+        super().__init__([base])
+        self.defaults = base.defaults  # some of torch's schedulers look into it
+        if not callable(alpha):
+            self._require_alpha(alpha)
+
+    @property
+    def base(self) -> Any:
+        """The optimizer that takes the steps."""
+        return self._members[0]
 
     @property
     def steps(self) -> int:
@@ -89,89 +139,149 @@ class Wrapper(Optimizer):
 
     # --- the algorithm, given by the subclass -------------------------------------------------
 
-    def _weight(self, position: float) -> float:
-        """w such that x_t + position d_t = anchor + w (y_t - anchor)."""
+    def _weight(self, position: float, alpha: float) -> float:
+        """w such that x_t + position d_t = anchor + w (y_t - anchor), for the y_t that `alpha` made."""
         raise NotImplementedError
 
-    def _before(self, parameters: list[Tensor]) -> None:
+    def _gradient_position(self, alpha: float) -> float:
+        """The position of y_t, where the gradient is taken."""
+        return alpha
+
+    def _alpha_after(self, alpha: float) -> float:
+        """The alpha in force after the step just counted, where the schedule says `alpha`."""
+        return alpha
+
+    def _before(self, moved: Moved) -> Any:
         """What must be kept of y_t before the base optimizer overwrites it."""
 
-    def _after(self, parameters: list[Tensor]) -> None:
+    def _after(self, moved: Moved) -> None:
         """Given x_{t+1} in the parameters, move the anchor and leave y_{t+1} there."""
         raise NotImplementedError
 
-    def _wide(self, parameters: list[Tensor]) -> list[Tensor]:
-        """The parameters in their buffers' dtype: themselves, or a copy where one is of lower precision."""
-        if not self._now.mixed:
-            return parameters
-        return [p.to(a.dtype) for p, a in zip(parameters, self._anchor, strict=True)]
+    def _buffers_for(self, p: Tensor) -> State:
+        """The buffers of a parameter that is about to take its first step, in float32 or float64."""
+        return {"anchor": p.detach().to(wide_dtype(p), copy=True)}
 
-    def _narrow(self, parameters: list[Tensor], values: list[Tensor]) -> None:
-        """Round what `_wide` had to copy, and has changed since, back into the parameters."""
-        if self._now.mixed:
-            torch._foreach_copy_(parameters, values)
+    def _lowest_alpha(self) -> float:
+        """Above it y_t and the anchor give x_t: an alpha below 0 looks back along the line, but not past the anchor."""
+        return -math.inf
+
+    def _require_alpha(self, alpha: float) -> None:
+        if not number(alpha) or alpha <= self._lowest_alpha():
+            raise ValueError(f"alpha must be a number above {self._lowest_alpha():g}, got {alpha}")
 
     # --- one step -----------------------------------------------------------------------------
 
+    @eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """From y_t with gradients taken there to y_{t+1}.
 
-        Raises RuntimeError while the parameters hold another position (`eval()`, `at_position`).
+        Raises RuntimeError while the parameters hold another position (`eval()`, `at_position`), ValueError for an
+        alpha out of range; nothing has moved then.
         """
+        if closure is None and self._only_allocates():
+            return None
+        self._start_step()
         if self._now.position is not None:
             raise RuntimeError("step() needs the lookahead point in the parameters: call train() first")
-        parameters = self._parameters()
-        if not parameters:
-            return self.base.step(closure)
-        if len(self._anchor) < len(parameters):  # at the start, or a group was added to the base itself
-            self._add_buffers(parameters[len(self._anchor) :])
+        alpha = self.alpha(self.steps + 1) if callable(self.alpha) else self.alpha
+        if callable(self.alpha):
+            self._require_alpha(alpha)
         if closure is None:
-            self._before(parameters)
+            moved = self._begin()
+            loss = self.base.step()
         else:
-            closure = self._then_begin(closure, parameters)
-        loss = self.base.step(closure)
+            first: list[Moved] = []
+            loss = self.base.step(self._then_begin(closure, first))
+            moved = first[0] if first else self._begin()
+        before = self.alpha_t
         self._now.steps += 1
-        self._now.alpha_t = self.alpha(self.steps) if callable(self.alpha) else self.alpha
-        self._after(parameters)
+        self._now.alpha_t = self._alpha_after(alpha)
+        if moved.parameters:
+            self._after(moved)
+        if self._gradient_position(before) != self._gradient_position(self.alpha_t):
+            self._follow(before)
         return loss
+
+    def _begin(self) -> Moved:
+        params = with_gradients(parameters_of(self))
+        new = [not self._own.get(p) for p in params]
+        if any(new):
+            self._add_buffers([p for p, is_new in zip(params, new, strict=True) if is_new])
+        moved = Moved(params, [self._own[p] for p in params], new)
+        for buffers in moved.buffers:
+            buffers.pop("x", None)  # that of a frozen one; it goes on from y
+        if params:
+            moved.kept = self._before(moved)
+        return moved
+
+    def _add_buffers(self, params: list[Tensor]) -> None:
+        if any(p.is_complex() for p in params):
+            raise TypeError(f"{type(self).__name__} does not take complex parameters")
+        for p in params:
+            self._own[p] = self._buffers_for(p)
+
+    def _then_begin(self, closure: Callable[[], Any], first: list[Moved]) -> Callable[[], Any]:
+        """The closure, followed the first time by `_begin`: where it fails, nothing has changed."""
+
+        def evaluate() -> Any:
+            loss = closure()
+            if not first:
+                with torch.no_grad():
+                    first.append(self._begin())
+            return loss
+
+        return evaluate
+
+    def _follow(self, before: float) -> None:
+        """y of the parameters that no step moves goes where the new alpha puts it. Their x is kept, as it is not
+        recovered from y to the last bit."""
+        frozen = [p for p in parameters_of(self) if p.grad is None and self._own.get(p)]
+        if not frozen:
+            return
+        points, anchors = [local(p) for p in frozen], [local(self._own[p]["anchor"]) for p in frozen]
+        for p, point, anchor in zip(frozen, points, anchors, strict=True):
+            if "x" not in self._own[p]:
+                x = self._own[p]["x"] = torch.empty_like(self._own[p]["anchor"])
+                local(x).copy_(torch.lerp(anchor, point.to(anchor.dtype), self._weight(0.0, before)))
+        weight = self._weight(self._gradient_position(self.alpha_t), 0.0)
+        xs = [local(self._own[p]["x"]) for p in frozen]
+        torch._foreach_copy_(points, torch._foreach_lerp(anchors, xs, weight))
 
     def skip(self, steps: int = 1) -> None:
         """Count steps that are not taken, as where a gradient is not finite: schedules go on, nothing else moves."""
         self._now.steps += steps
         self._now.skipped += steps
-        if isinstance(self.base, Wrapper):
+        if hasattr(self.base, "skip"):
             self.base.skip(steps)
 
-    def _then_begin(self, closure: Callable[[], Any], parameters: list[Tensor]) -> Callable[[], Any]:
-        """The closure, followed the first time by `_before`: where it fails, nothing has changed."""
-        begun = False
-
-        def evaluate() -> Any:
-            nonlocal begun
-            loss = closure()
-            if not begun:
-                with torch.no_grad():
-                    self._before(parameters)
-            begun = True
-            return loss
-
-        return evaluate
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.base.zero_grad(set_to_none)
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the weights as they are, as after others have written them: they are x and y, the next
+        step makes new buffers, and the parameters are in train mode. The base's state and the step count go on."""
+        self._own.clear()
+        self._now.position = None
+        self._now.alpha_t = 0.0
+        if hasattr(self.base, "restart"):
+            self.base.restart()
 
     # --- positions ----------------------------------------------------------------------------
 
     @contextmanager
     def at_position(self, position: float) -> Iterator[None]:
-        """Hold x_t + position d_t in the parameters; leaving restores what they held, bit for bit."""
+        """Hold x_t + position d_t in the parameters; leaving restores what they held, bit for bit.
+
+        Raises RuntimeError, on leaving, where others have written the weights meanwhile.
+        """
         outer = self._now.position
         self._move(float(position))
         try:
             yield
-        finally:
-            self._move(outer)
+        except BaseException:
+            self._move(outer, check=False)
+            raise
+        self._move(outer)
 
     def at_iterate(self):
         """Hold the iterate x_t in the parameters: the weights to evaluate, report and export."""
@@ -182,43 +292,52 @@ class Wrapper(Optimizer):
         self._move(0.0)
 
     def train(self) -> None:
-        """Put the lookahead point y_t back into the parameters, bit for bit."""
+        """Put the lookahead point y_t back into the parameters, bit for bit.
+
+        Raises RuntimeError where others have written the weights since `eval()`: what they wrote would be lost.
+        """
         self._move(None)
 
     @torch.no_grad()
-    def _move(self, position: float | None) -> None:
-        parameters = self._parameters()
-        if position == self._now.position or not parameters:  # also where others have written the parameters since
+    def _move(self, position: float | None, check: bool = True) -> None:
+        if position == self._now.position:
             return
+        held = [p for p in parameters_of(self) if self._own.get(p)]
+        points = [local(p) for p in held]
+        if self._now.position is not None and check:
+            self._require_untouched(points, self._at(held, self._now.position))
         if position is None:
-            if self._now.y is not None:
-                torch._foreach_copy_(parameters, self._now.y)
-            self._now.y = self._now.position = None
-            return
-        if self._now.y is None:
-            self._now.y = [p.detach().clone() for p in parameters]
-        torch._foreach_copy_(parameters, self._point(position))
+            ys = [local(self._own[p].pop("y")) for p in held]
+            if ys:
+                torch._foreach_copy_(points, ys)
+        else:
+            if self._now.position is None:
+                for p in held:
+                    self._own[p]["y"] = p.detach().clone()
+            if held:
+                torch._foreach_copy_(points, self._at(held, position))
         self._now.position = position
 
-    def _point(self, position: float) -> list[Tensor]:
-        """x_t + position d_t as new tensors; before the first step d_0 = 0 and all positions are x_0."""
-        y = self._now.y if self._now.y is not None else self._parameters()
-        if not self._anchor:
-            return [p.detach().clone() for p in y]
-        return list(torch._foreach_lerp(self._anchor, self._wide(y), self._weight(position)))
+    def _at(self, held: list[Tensor], position: float) -> list[Tensor]:
+        """x_t + position d_t of parameters that have buffers, as new tensors."""
+        buffers = [self._own[p] for p in held]
+        anchors = [local(b["anchor"]) for b in buffers]
+        ends = [local(b.get("x", b.get("y", p))).to(a.dtype) for b, p, a in zip(buffers, held, anchors, strict=True)]
+        # a frozen parameter's x is what alpha = 0 would have left
+        weights = [self._weight(position, 0.0 if "x" in b else self.alpha_t) for b in buffers]
+        if len(set(weights)) == 1:
+            return list(torch._foreach_lerp(anchors, ends, weights[0]))
+        return [torch.lerp(a, end, w) for a, end, w in zip(anchors, ends, weights, strict=True)]
 
-    def _add_buffers(self, parameters: list[Tensor]) -> None:
-        for p in parameters:
-            if p.is_complex() or hasattr(p, "placements"):
-                kind = "complex parameters" if p.is_complex() else "DTensors"
-                raise TypeError(f"{type(self).__name__} does not take {kind}")
-        self._anchor += [p.detach().to(buffer_dtype(p), copy=True) for p in parameters]
-        self._now.mixed = self._now.mixed or any(p.dtype != buffer_dtype(p) for p in parameters)
+    def _require_untouched(self, points: list[Tensor], ours: list[Tensor]) -> None:
+        differ = [(p != o.to(p.dtype)) & ~(p.isnan() & o.isnan()) for p, o in zip(points, ours, strict=True)]
+        if differ and bool(torch.stack([d.any().cpu() for d in differ]).any()):
+            raise RuntimeError(
+                "the weights were changed while they were at the iterate (eval mode), and going back to the lookahead "
+                "point would undo it; call restart() to begin anew from the weights as they are"
+            )
 
-    # --- parameters and groups ----------------------------------------------------------------
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+    # --- groups and state ---------------------------------------------------------------------
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -226,72 +345,117 @@ class Wrapper(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
+        if groups:  # Optimizer.__init__ assigns an empty list
+            self.base.param_groups = groups
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if not isinstance(self.base, Optimizer):  # still inside Optimizer.__init__
-            return super().add_param_group(param_group)
-        if self._now.position is not None:
-            raise RuntimeError("add_param_group() needs train mode: call train() first")
-        known = len(self._parameters())
-        self.base.add_param_group(param_group)
-        if self._anchor:
-            self._add_buffers(self._parameters()[known:])
+    def _entries(self, p: Tensor) -> State:
+        return super()._entries(p) | self._own_entries(p)
 
-    # --- state --------------------------------------------------------------------------------
-
-    def _buffers(self) -> dict[str, list[Tensor]]:
-        """The buffers that a checkpoint holds, by name; one tensor per parameter."""
-        return {"anchor": self._anchor}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers: base, buffers, counter, mode and the alpha in force."""
-        return {
-            "wrapper": type(self).__name__,
-            **{name: getattr(self, name) for name in self._line},
-            "base_type": type(self.base).__name__,
-            "base": self.base.state_dict(),
-            "steps": self.steps,
-            "skipped": self._now.skipped,
-            "alpha_t": self.alpha_t,
-            "position": self._now.position,
-            "y": self._now.y,
-            "buffers": self._buffers(),
+    def _own_entries(self, p: Tensor) -> State:
+        """What is saved of the wrapper with a parameter; counters too, as checkpoints carry what has a parameter."""
+        now, buffers = self._now, self._own.get(p) or {}
+        if not (now.steps or self._own):
+            return {}
+        counters: State = {
+            "steps": UNSTEPPED if self._stage == ALLOCATED else now.steps,
+            "skipped": now.skipped,
+            "alpha": now.alpha_t,
+            "training": int(now.position is None),
+            "position": now.position or 0.0,
+            **{name: getattr(self, name) for name in self.LINE},
         }
+        return {self._prefix + name: value for name, value in (buffers | counters).items()}
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict()`; the parameters themselves are restored with the model.
+    def _put(self, p: Tensor, entries: Mapping[str, Any]) -> None:
+        own, rest = self._parted(entries)
+        if p in self._own:
+            self._own[p].update({name: value for name, value in own.items() if name in self._own[p]})
+        if isinstance(self.base, Composite):
+            self.base._put(p, rest)
+        elif rest or p in self.base.state:
+            self.base.state[p] = rest
 
-        Raises ValueError, naming the first mismatch, when the wrapper, the base or the model differs.
-        """
-        require_match(self, state_dict.get("wrapper"), state_dict)
-        require_match(self.base, state_dict.get("base_type"), state_dict["base"])
-        for name in self._line:
-            if state_dict.get(name) != getattr(self, name):
-                raise ValueError(f"{name} is {state_dict.get(name)} in the state, {getattr(self, name)} here")
-        parameters = self._parameters()
-        lists = {**state_dict["buffers"], "y": state_dict["y"] or []}
-        for name, tensors in lists.items():
-            if tensors and len(tensors) != len(parameters):
-                raise ValueError(f"{name} holds {len(tensors)} tensors for {len(parameters)} parameters")
-            for i, (tensor, p) in enumerate(zip(tensors, parameters, strict=False)):
-                if tensor.shape != p.shape:
-                    raise ValueError(f"{name}[{i}] is {tuple(tensor.shape)}, its parameter is {tuple(p.shape)}")
-        load_own(self.base, state_dict["base"])
-        self._now.steps = state_dict["steps"]
-        self._now.skipped = state_dict.get("skipped", 0)
-        self._now.alpha_t = state_dict["alpha_t"]
-        self._now.position = state_dict["position"]
-        self._now.y = state_dict["y"] and [y.to(p, copy=True) for y, p in zip(state_dict["y"], parameters, strict=True)]
-        for name, held in self._buffers().items():
-            loaded = state_dict["buffers"][name]
-            held[:] = [b.to(p.device, buffer_dtype(p), copy=True) for b, p in zip(loaded, parameters, strict=False)]
-        self._now.mixed = any(p.dtype != buffer_dtype(p) for p in parameters)
+    def _parted(self, entries: Mapping[str, Any]) -> tuple[State, State]:
+        """The wrapper's entries, under their short names, and the base's."""
+        own = {k.removeprefix(self._prefix): v for k, v in entries.items() if k.startswith(self._prefix)}
+        return own, {k: v for k, v in entries.items() if not k.startswith(self._prefix)}
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a learning-rate scheduler leaves a patched step() on the instance, which cannot be pickled
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
+    def _pack(self) -> dict[str, Any]:
+        saved = super()._pack()
+        own = [self._own_entries(p) for p in parameters_of(self)]
+        if any(own):
+            saved["state"] = {i: saved["state"].get(i, {}) | entries for i, entries in enumerate(own)}
+        return saved
+
+    def _parts(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+        (part,) = super()._parts(saved)
+        state = {label: self._parted(entries)[1] for label, entries in part["state"].items()}
+        if self._allocated_only(saved):
+            state = {}
+        return [{**part, "state": {label: entries for label, entries in state.items() if entries}}]
+
+    def _own_saved(self, saved: Mapping[str, Any]) -> dict[Tensor, State]:
+        pairs = ((p, self._parted(entries)[0]) for p, entries in entries_of(self, saved).items())
+        return {p: own for p, own in pairs if own}
+
+    def _allocated_only(self, saved: Mapping[str, Any]) -> bool:
+        return any(entries.get(self._prefix + "steps") == UNSTEPPED for entries in saved["state"].values())
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        name, own = type(self).__name__, self._own_saved(saved)
+        if not own and any(saved["state"].values()):
+            raise ValueError(f"state of {wrapper_in(saved) or 'a base alone'} cannot be loaded into {name}")
+        for i, p in enumerate(parameters_of(self)):
+            entries = own.get(p, {})
+            for setting in self.LINE:
+                if entries and entries.get(setting) != getattr(self, setting):
+                    raise ValueError(f"{setting} is {entries.get(setting)} in the state, {getattr(self, setting)} here")
+            for buffer in (*self.BUFFERS, "x", "y"):
+                require_shape(name, f"{buffer} of parameter {i}", entries.get(buffer), p)
+            if "anchor" in entries and not entries["training"] and "y" not in entries:
+                raise ValueError(
+                    f"{name}: the state was saved at the iterate (eval mode) and its lookahead point is not in it; "
+                    "call eval() on the optimizer that loads before its state_dict() is taken to load into"
+                )
+        super()._check(saved)
+
+    def _unpack(self, saved: Mapping[str, Any]) -> None:
+        super()._unpack(saved)
+        self._own.clear()
+        saved_now = {} if self._allocated_only(saved) else self._own_saved(saved)
+        counters = next(iter(saved_now.values()), {})
+        self._now.steps, self._now.skipped = int(counters.get("steps", 0)), int(counters.get("skipped", 0))
+        self._now.alpha_t = float(counters.get("alpha", 0.0))
+        self._now.position = None if counters.get("training", 1) else float(counters["position"])
+        for p, entries in saved_now.items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    dtype = wide_dtype(p) if name in (*self.BUFFERS, "x") else p.dtype if name == "y" else value.dtype
+                    self._own[p][name] = value.to(p.device, dtype, copy=True)
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        params = with_gradients(parameters_of(self))
+        self._add_buffers(params)
+        if self._now.position is not None:
+            for p in params:
+                self._own[p]["y"] = p.detach().clone()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._own.clear()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(alpha={self.alpha}, base={self.base})"
+
+
+def _counters(optimizer: Any) -> list[str]:
+    """The names of the step counters of the wrappers in an optimizer, inner ones first."""
+    names = [name for member in getattr(optimizer, "_members", []) for name in _counters(member)]
+    return [*names, f"{optimizer._prefix}steps"] if isinstance(optimizer, Wrapper) else names
+
+
+def wrapper_in(saved: Mapping[str, Any]) -> str | None:
+    """The name of the outermost wrapper whose state this is, if it is one's."""
+    counters = [name for entries in saved["state"].values() for name in entries if name.endswith(".steps")]
+    return counters[-1].removesuffix(".steps") if counters else None

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .matrix import MatrixOptimizer
 from .muon import Muon
 from .newton_schulz import frobenius, newton_schulz
+from .ranges import COUNT, NUMBER
 
 EPS = 1e-7
 
@@ -32,6 +34,8 @@ class Aurora(Muon):
 
     iterations: polar factors per step. exponent: how far each one corrects the rows.
     """
+
+    RANGES = Muon.RANGES | {"iterations": COUNT, "exponent": NUMBER}
 
     def __init__(
         self,
@@ -44,15 +48,14 @@ class Aurora(Muon):
         ns_dtype: torch.dtype | None = None,
         group: ProcessGroup | None = None,
     ):
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
-        super().__init__(params, lr, momentum, weight_decay, "spectral", "polar12", False, ns_dtype, group)
-        self.iterations, self.exponent = iterations, exponent
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations, exponent=exponent)
+        self.ns_dtype = ns_dtype
+        MatrixOptimizer.__init__(self, params, defaults | dict(scale="spectral", ns="polar12", split_qkv=False), group)
 
     def _orthogonalize(self, batch: Tensor, group: dict[str, Any]) -> Tensor:
         if batch.size(-2) == batch.size(-1):
             return super()._orthogonalize(batch, group)
-        return even_polar(batch, self.iterations, self.exponent, self.ns_dtype)
+        return even_polar(batch, group["iterations"], group["exponent"], self.ns_dtype)
 
 
 def even_polar(

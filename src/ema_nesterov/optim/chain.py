@@ -2,74 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from .match import load_own, require_match
+from .contract import Composite, eager
 
 
-class Chain(Optimizer):
+class Chain(Composite):
     """Joins optimizers over disjoint parameters, e.g. `Chain([AdamW(embeddings), Muon(matrices)])`.
 
-    Its `param_groups` are the members' own dicts, in order, so a learning-rate scheduler on the chain
-    moves every member.
+    Its `param_groups` are the members' own dicts, in order, so a learning-rate scheduler on the chain moves every
+    member. Members may be wrappers: `eval`, `train`, `at_iterate`, `at_position` and `skip` reach those, and leave
+    the weights of the others, which have no lookahead, as they are.
 
     Raises ValueError when a parameter belongs to two members.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]):
-        self.optimizers = list(optimizers)
-        super().__init__([group for o in self.optimizers for group in o.param_groups], {})
+        super().__init__(optimizers)
         shared = set.intersection(*(set(o.defaults) for o in self.optimizers))
         self.defaults = {k: v for k, v in self.optimizers[0].defaults.items() if k in shared}  # some schedulers look
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        return self._members
+
+    @eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._share_groups()
+        if self._only_allocates():
+            return loss
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
+    # --- lookahead, where a member has one -----------------------------------------------------
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if any(param_group is group for o in self.optimizers for group in o.param_groups):
-            return super().add_param_group(param_group)  # a member's own group, from __init__
-        raise RuntimeError("add the group to the member that shall train it, then build the Chain anew")
+    def _wrappers(self) -> list[Any]:
+        return [o for o in self.optimizers if hasattr(o, "at_position")]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "types": [type(o).__name__ for o in self.optimizers],
-            "optimizers": [o.state_dict() for o in self.optimizers],
-        }
+    def eval(self) -> None:
+        """Put the iterate into the parameters of every wrapper until `train()`."""
+        for wrapper in self._wrappers():
+            wrapper.eval()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError, naming the first mismatch, when a member or its parameters differ."""
-        states = state_dict.get("optimizers", [])
-        if len(states) != len(self.optimizers):
-            raise ValueError(f"state of {len(states)} optimizers, the chain has {len(self.optimizers)}")
-        for optimizer, saved_type, state in zip(self.optimizers, state_dict["types"], states, strict=True):
-            require_match(optimizer, saved_type, state)
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            load_own(optimizer, state)
-        self._share_groups()
+    def train(self) -> None:
+        """Put the lookahead point back into the parameters of every wrapper."""
+        for wrapper in self._wrappers():
+            wrapper.train()
 
-    def _share_groups(self) -> None:
-        """A member's load_state_dict makes new dicts: take them into the one list that others hold."""
-        self.param_groups[:] = [group for o in self.optimizers for group in o.param_groups]
+    @contextmanager
+    def at_position(self, position: float) -> Iterator[None]:
+        """Hold x_t + position d_t in the parameters of every wrapper."""
+        with ExitStack() as stack:
+            for wrapper in self._wrappers():
+                stack.enter_context(wrapper.at_position(position))
+            yield
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a learning-rate scheduler leaves a patched step() on the instance, which cannot be pickled
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
+    def at_iterate(self):
+        """Hold the iterate x_t in the parameters: the weights to evaluate, report and export."""
+        return self.at_position(0.0)
+
+    def skip(self, steps: int = 1) -> None:
+        """Count steps that are not taken, in every wrapper."""
+        for wrapper in self._wrappers():
+            wrapper.skip(steps)
+
+    def restart(self) -> None:
+        """Begin anew from the weights as they are, in every wrapper."""
+        for wrapper in self._wrappers():
+            wrapper.restart()
 
     def __repr__(self) -> str:
         return f"Chain({self.optimizers})"

@@ -8,32 +8,51 @@ step with the owner's bits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
-from .match import require_match
+from .contract import (
+    ALLOCATED,
+    SHAPED,
+    UNSTEPPED,
+    Contract,
+    Entries,
+    State,
+    eager,
+    entries_of,
+    parameters_of,
+    require_shape,
+    with_gradients,
+)
+from .ranges import AT_LEAST_0, Range, require
 
-State = dict[str, Any]
+LARGEST = 1e9  # norm of a gradient: its Gram matrix has a norm whose square float32 can hold
 
 
-class MatrixOptimizer(Optimizer):
+class MatrixOptimizer(Contract):
     """Base of Muon, SOAP and their kin; a subclass is `_update`, one step of some of its parameters.
 
     group: None, and every rank holds and does everything, or a process group that shares both. All its
     ranks must then call `step`, `state_dict` and `load_state_dict` together; state dicts are complete on
-    every rank (on the CPU), so they load on any number of ranks.
+    every rank (on the CPU), so they load on any number of ranks. On the others `state[p]` names the owner.
 
-    Raises ValueError for a parameter whose number of dimensions is not in `DIMENSIONS`, TypeError for a
-    complex one or a DTensor: what these algorithms do to a shard is not what they do to its matrix.
+    A gradient is scaled to a norm of at most 1e9 (that of one parameter; one too large for its norm in
+    float32 counts as 0), so that no product of it overflows.
+
+    Raises ValueError for a setting outside of `RANGES`, or a parameter whose number of dimensions is not in
+    `DIMENSIONS`; TypeError for a complex parameter or a DTensor: what these algorithms do to a shard is not
+    what they do to its matrix.
     """
 
     DIMENSIONS: tuple[int, ...] = (2,)
-    ENTRY = "momentum"  # of the state of a parameter that has been stepped
+    ENTRIES: tuple[str, ...] = ("momentum",)  # of the state of a parameter that has been stepped; no others are its own
+    INTERPOLATES = True  # whether the mean of two states is a state
+    RANGES: ClassVar[dict[str, Range]] = {"lr": AT_LEAST_0}
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], group: dist.ProcessGroup | None = None):
         self.group = group
@@ -42,24 +61,30 @@ class MatrixOptimizer(Optimizer):
             raise ValueError(f"this rank is not in the process group that {type(self).__name__} shall share work over")
         self._shards: list[list[Tensor]] = [[] for _ in range(1 if group is None else dist.get_world_size(group))]
         self._batches: dict[tuple[int, ...], dict[str, Tensor]] = {}
-        if not defaults["lr"] >= 0:
-            raise ValueError(f"lr must be at least 0, got {defaults['lr']}")
+        require(self.RANGES, defaults)
         super().__init__(params, defaults)
+        self.state = Entries(dict)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """One step of parameters of one group, all of which have gradients."""
         raise NotImplementedError
 
+    @eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._only_allocates():
+            self._update_all()
+        return loss
+
+    def _update_all(self) -> None:
         mine = self._mine()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None and id(p) in mine]
-            if any(p.grad.is_sparse for p in params):
+            params = with_gradients(p for p in group["params"] if id(p) in mine)
+            if any(p.grad is not None and p.grad.is_sparse for p in params):
                 raise RuntimeError(
                     f"{type(self).__name__} does not take sparse gradients; build the table with sparse=False"
                 )
@@ -67,19 +92,17 @@ class MatrixOptimizer(Optimizer):
                 self._update(params, group)
         if self.group is not None:
             self._hand_round()
-        return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        params = self.param_groups[-1]["params"]
         try:
-            for p in params:
+            require(self.RANGES, self.param_groups[-1])
+            for p in self.param_groups[-1]["params"]:
                 self._require_matrix(p)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        for p in sorted(params, key=Tensor.numel, reverse=True):  # the largest first, to the rank with the least
-            min(self._shards, key=lambda shard: sum(q.numel() for q in shard)).append(p)
+        self._mine()
 
     def _require_matrix(self, p: Tensor) -> None:
         name = type(self).__name__
@@ -94,12 +117,16 @@ class MatrixOptimizer(Optimizer):
     # --- sharing ------------------------------------------------------------------------------
 
     def _mine(self) -> set[int]:
-        """The ids of the parameters that this rank steps."""
-        held = {id(p) for group in self.param_groups for p in group["params"]}
+        """The ids of the parameters that this rank steps. Parameters may come and go: each new one gets an owner."""
+        held = {id(p): p for p in parameters_of(self)}
         if self.group is None:
-            return held
-        if held != {id(p) for shard in self._shards for p in shard}:
-            raise RuntimeError("parameters were exchanged after their owners had been chosen; build the optimizer anew")
+            return set(held)
+        owned = {id(p) for shard in self._shards for p in shard}
+        if held.keys() != owned:
+            self._shards = [[p for p in shard if id(p) in held] for shard in self._shards]
+            new = [p for i, p in held.items() if i not in owned]
+            for p in sorted(new, key=Tensor.numel, reverse=True):  # the largest first, to the rank with the least
+                min(self._shards, key=lambda shard: sum(q.numel() for q in shard)).append(p)
         return {id(p) for p in self._shards[self._rank]}
 
     def _hand_round(self) -> None:
@@ -116,12 +143,14 @@ class MatrixOptimizer(Optimizer):
             for rank, (shard, theirs) in enumerate(zip(shards, everyones, strict=True)):
                 if shard and rank != self._rank:
                     torch._foreach_copy_(shard, views(theirs, shard))
+                    self.state.update((p, {"owner": rank}) for p in shard if not self.state.get(p))
 
     def gather(self, states: Mapping[Tensor, State]) -> dict[Tensor, State]:
         """What every rank holds about its own parameters, complete on every rank. A collective."""
         if self.group is None:
-            return dict(states)
-        params = [p for group in self.param_groups for p in group["params"]]
+            return {p: states[p] for p in parameters_of(self) if p in states}
+        self._mine()
+        params = parameters_of(self)
         owner = {id(p): rank for rank, shard in enumerate(self._shards) for p in shard}
         held = {
             i: {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in states[p].items()}
@@ -179,40 +208,60 @@ class MatrixOptimizer(Optimizer):
             alike.setdefault((p.shape, self.state[p].get("step")), []).append(p)
         return alike.values()
 
-    def state_dict(self) -> dict[str, Any]:
-        held = self.state
-        self.state = self.gather(held)  # type: ignore[assignment]
-        try:
-            return super().state_dict()
-        finally:
-            self.state = held
+    def _pack(self) -> dict[str, Any]:
+        ids = {p: i for i, p in enumerate(parameters_of(self))}
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        params = [[ids[p] for p in group["params"]] for group in self.param_groups]
+        groups = [{**its, "params": held} for its, held in zip(settings, params, strict=True)]
+        state = {ids[p]: entries for p, entries in self.gather(self.state).items() if entries}
+        if self._stage == ALLOCATED:
+            state = {i: {k: UNSTEPPED if k == "step" else v for k, v in its.items()} for i, its in state.items()}
+        return {"state": state, "param_groups": groups}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict()`, saved on any number of ranks.
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        name, entries = type(self).__name__, entries_of(self, saved)
+        for group in saved["param_groups"]:
+            if missing := [key for key in self.defaults if key not in group]:
+                raise ValueError(f"{name}: a group of the state has no {missing[0]}; it is another optimizer's")
+        for i, p in enumerate(parameters_of(self)):
+            if p not in entries:
+                continue
+            for key in self.ENTRIES:
+                if key not in entries[p]:
+                    raise ValueError(f"{name}: the state of parameter {i} has no {key}; it is another optimizer's")
+            for key, value in entries[p].items():
+                if key.endswith(".steps"):
+                    raise ValueError(f"state of {key.removesuffix('.steps')} cannot be loaded into {name}")
+                if key in SHAPED:
+                    require_shape(name, f"{key} of parameter {i}", value, p)
 
-        Raises ValueError, naming the first mismatch, when it is another optimizer's or of other parameters.
-        """
-        name = type(self).__name__
-        if "param_groups" not in state_dict:
-            raise ValueError(f"state of a wrapper or a chain cannot be loaded into {name}")
-        require_match(self, name, state_dict)
-        for i, state in state_dict["state"].items():
-            if self.ENTRY not in state:
-                raise ValueError(f"{name}: the state of parameter {i} has no {self.ENTRY}; it is another optimizer's")
-        # torch would round float32 state to the dtype of a bfloat16 parameter: it gets the groups alone
-        super().load_state_dict({**state_dict, "state": {}})
+    def _unpack(self, saved: Mapping[str, Any]) -> None:
+        for group, theirs in zip(self.param_groups, saved["param_groups"], strict=True):
+            params = group["params"]
+            group.clear()
+            group.update({k: copy.deepcopy(v) for k, v in theirs.items() if k != "params"}, params=params)
+        self._forget()
+        mine, ranks = self._mine(), {id(p): rank for rank, shard in enumerate(self._shards) for p in shard}
+        for p, entries in entries_of(self, saved).items():
+            if id(p) not in mine:
+                self.state[p] = {"owner": ranks[id(p)]}
+            elif entries.get("step") != UNSTEPPED:  # state keeps its own dtype: torch would round it to bfloat16's
+                dtype = wide_dtype(p)
+                self.state[p] = {
+                    k: v.to(p.device, dtype, copy=True) if isinstance(v, Tensor) else v for k, v in entries.items()
+                }
+
+    def _allocate(self) -> None:
+        self._update_all()
+
+    def _forget(self) -> None:
         self._batches.clear()
-        params, mine = [p for group in self.param_groups for p in group["params"]], self._mine()
-        for i, state in state_dict["state"].items():
-            p = params[i]
-            if id(p) in mine:
-                self.state[p] = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+        self.state.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         if self.group is not None:
             raise RuntimeError(f"a {type(self).__name__} over a process group cannot be copied: use its state_dict()")
-        # a learning-rate scheduler leaves a patched step() on the instance, which cannot be pickled
-        return {**{k: v for k, v in self.__dict__.items() if k != "step"}, "_batches": {}}
+        return {**super().__getstate__(), "_batches": {}}
 
 
 def views(flat: Tensor, shapes: list[Tensor]) -> list[Tensor]:
@@ -221,9 +270,23 @@ def views(flat: Tensor, shapes: list[Tensor]) -> list[Tensor]:
     return [part.view(t.shape) for part, t in zip(flat[: sum(sizes)].split(sizes), shapes, strict=True)]
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of optimizer state: float32, or float64 for float64. bfloat16 would lose the small updates."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def wide(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors in the dtype of optimizer state: float32, or float64 for float64."""
-    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+    """The tensors in the dtype of optimizer state."""
+    return [t.to(wide_dtype(t)) for t in tensors]
+
+
+def gradients(params: list[Tensor], scale: float = 1.0) -> list[Tensor]:
+    """The gradients times `scale` in the dtype of optimizer state, each of a norm of at most LARGEST."""
+    grads = wide(p.grad for p in params if p.grad is not None)
+    factors = torch._foreach_reciprocal(torch._foreach_norm(grads))
+    torch._foreach_mul_(factors, LARGEST)
+    torch._foreach_clamp_max_(factors, scale)
+    return list(torch._foreach_mul(grads, factors))
 
 
 def by_shape(tensors: list[Tensor], key: Callable[[torch.Size], Any] = tuple) -> Iterable[tuple[Any, list[int]]]:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .matrix import MatrixOptimizer, by_shape, wide
+from .matrix import MatrixOptimizer, by_shape, gradients
 from .newton_schulz import STEPS, newton_schulz
+from .ranges import AT_LEAST_0, FRACTION, SWITCH, one_of
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
@@ -39,8 +40,16 @@ class Muon(MatrixOptimizer):
     parameter. ns_dtype: of the products, see `newton_schulz`. group: shares work and state over ranks,
     see `MatrixOptimizer`, whose errors are Muon's too.
 
-    Raises ValueError for an unknown `scale` or `ns`, or a momentum outside [0, 1).
+    Raises ValueError for a setting outside of `RANGES`, in the constructor or in a group.
     """
+
+    RANGES = MatrixOptimizer.RANGES | {
+        "momentum": FRACTION,
+        "weight_decay": AT_LEAST_0,
+        "scale": one_of(SCALES),
+        "ns": one_of(STEPS),
+        "split_qkv": SWITCH,
+    }
 
     def __init__(
         self,
@@ -54,19 +63,13 @@ class Muon(MatrixOptimizer):
         ns_dtype: torch.dtype | None = None,
         group: ProcessGroup | None = None,
     ):
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {sorted(SCALES)}, got {scale!r}")
-        if ns not in STEPS:
-            raise ValueError(f"ns must be one of {sorted(STEPS)}, got {ns!r}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, scale=scale, ns=ns, split_qkv=split_qkv)
         self.ns_dtype = ns_dtype
         super().__init__(params, defaults, group)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         lr, mu = group["lr"], group["momentum"]
-        grads = wide(p.grad for p in params if p.grad is not None)
+        grads = gradients(params)
         momenta = [self._momentum(p, g) for p, g in zip(params, grads, strict=True)]
         torch._foreach_lerp_(momenta, grads, 1 - mu)
         updates = list(torch._foreach_lerp(grads, momenta, mu))
@@ -75,10 +78,9 @@ class Muon(MatrixOptimizer):
         torch._foreach_add_(params, self._directions(params, updates, group), alpha=-lr)
 
     def _momentum(self, p: Tensor, gradient: Tensor) -> Tensor:
-        state = self.state[p]
-        if "momentum" not in state:
-            state["momentum"] = gradient.new_zeros(p.shape)
-        return state["momentum"]
+        if not self.state.get(p):
+            self.state[p] = {"momentum": gradient.new_zeros(p.shape)}
+        return self.state[p]["momentum"]
 
     def _directions(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """s O for each update, all blocks of a shape as one batch."""

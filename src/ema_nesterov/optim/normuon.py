@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .matrix import by_shape
+from .matrix import MatrixOptimizer, by_shape
 from .muon import Muon
 from .newton_schulz import frobenius
+from .ranges import FRACTION
 
 
 class NorMuon(Muon):
@@ -26,6 +27,9 @@ class NorMuon(Muon):
 
     Arguments and errors are Muon's; beta2 is the rate of the rows' second moment.
     """
+
+    ENTRIES = ("momentum", "row_moments")
+    RANGES = Muon.RANGES | {"beta2": FRACTION}
 
     def __init__(
         self,
@@ -40,10 +44,9 @@ class NorMuon(Muon):
         ns_dtype: torch.dtype | None = None,
         group: ProcessGroup | None = None,
     ):
-        super().__init__(params, lr, momentum, weight_decay, scale, ns, split_qkv, ns_dtype, group)
-        self.defaults["beta2"] = beta2
-        for param_group in self.param_groups:
-            param_group.setdefault("beta2", beta2)
+        defaults = dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay)
+        self.ns_dtype = ns_dtype
+        MatrixOptimizer.__init__(self, params, defaults | dict(scale=scale, ns=ns, split_qkv=split_qkv), group)
 
     def _directions(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         directions = super()._directions(params, updates, group)

@@ -25,15 +25,16 @@ The covariances and bases follow after W has moved. In the record the MLP has bl
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .aurora import even_polar
-from .matrix import MatrixOptimizer, wide
+from .matrix import MatrixOptimizer, gradients, wide
 from .newton_schulz import frobenius, newton_schulz, schatten4
+from .ranges import AT_LEAST_0, COUNT, FRACTION, NUMBER, SHARE, STEPS, require
 from .soap import SIDES, eigenbasis, rotate, rotate_back, turn_bases
 
 
@@ -46,8 +47,23 @@ class Record30(MatrixOptimizer):
     the guards against division by 0 notice: the record sums its loss over the tokens of a step. group:
     shares work and state over ranks, see `MatrixOptimizer`, whose errors are this one's too.
 
-    Raises ValueError when precondition_frequency or iterations is below 1.
+    Raises ValueError for a setting outside of `RANGES`.
     """
+
+    ENTRIES = ("step", "momentum")
+    INTERPOLATES = False  # its moments lie in bases that turn
+    RANGES = MatrixOptimizer.RANGES | {"momentum": FRACTION, "soap_blend": SHARE, "soap_floor": AT_LEAST_0}
+    OWN: ClassVar = {  # the same in all groups
+        "contra": NUMBER,
+        "contra_steps": STEPS,
+        "update_floor": AT_LEAST_0,
+        "brake": NUMBER,
+        "soap_beta": FRACTION,
+        "precondition_frequency": COUNT,
+        "iterations": COUNT,
+        "exponent": NUMBER,
+        "gradient_scale": NUMBER,
+    }
 
     def __init__(
         self,
@@ -68,9 +84,7 @@ class Record30(MatrixOptimizer):
         ns_dtype: torch.dtype | None = None,
         group: ProcessGroup | None = None,
     ):
-        if precondition_frequency < 1 or iterations < 1:
-            got = f"{precondition_frequency} and {iterations}"
-            raise ValueError(f"precondition_frequency and iterations must be at least 1, got {got}")
+        require(self.OWN, locals())
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, soap_blend=soap_blend, soap_floor=soap_floor)
         self.contra, self.contra_steps, self.update_floor, self.brake = contra, contra_steps, update_floor, brake
         self.soap_beta, self.precondition_frequency = soap_beta, precondition_frequency
@@ -80,7 +94,7 @@ class Record30(MatrixOptimizer):
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for alike in self._alike(params):
-            g = torch.stack(wide(p.grad for p in alike if p.grad is not None)) * self.gradient_scale
+            g = torch.stack(gradients(alike, self.gradient_scale))
             t = self.state[alike[0]].get("step", 0)
             if t == 0:
                 self._start(alike, g, group)

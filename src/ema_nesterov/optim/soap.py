@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .matrix import MatrixOptimizer, wide
+from .matrix import MatrixOptimizer, gradients
+from .ranges import AT_LEAST_0, COUNT, FRACTIONS, SWITCH
 
 SIDES = {"rows": -2, "columns": -1}
 
@@ -35,11 +36,20 @@ class SOAP(MatrixOptimizer):
     The state is M' and V in the parameter's shape, and the covariances and bases as (blocks, side, side).
     split_qkv: a matrix of three times as many rows as columns is three square ones. group: shares work
     and state over ranks, see `MatrixOptimizer`.
-    Raises ValueError for a parameter of more dimensions, TypeError for a DTensor.
+    Raises ValueError for a setting outside of `RANGES` or a parameter of more dimensions, TypeError for a DTensor.
     """
 
     DIMENSIONS = (1, 2)
-    ENTRY = "rotated_avg"
+    ENTRIES = ("step", "rotated_avg", "rotated_avg_sq")
+    INTERPOLATES = False  # its moments lie in bases that turn
+    RANGES = MatrixOptimizer.RANGES | {
+        "betas": FRACTIONS,
+        "precondition_frequency": COUNT,
+        "weight_decay": AT_LEAST_0,
+        "split_qkv": SWITCH,
+        "eps": AT_LEAST_0,
+        "max_dim": COUNT,
+    }
 
     def __init__(
         self,
@@ -53,8 +63,6 @@ class SOAP(MatrixOptimizer):
         max_dim: int = 10_000,
         group: ProcessGroup | None = None,
     ):
-        if precondition_frequency < 1:
-            raise ValueError(f"precondition_frequency must be at least 1, got {precondition_frequency}")
         defaults: dict[str, Any] = dict(lr=lr, betas=betas, precondition_frequency=precondition_frequency)
         defaults |= dict(weight_decay=weight_decay, split_qkv=split_qkv, eps=eps, max_dim=max_dim)
         super().__init__(params, defaults, group)
@@ -107,7 +115,7 @@ class SOAP(MatrixOptimizer):
         rows, columns = params[0].shape if params[0].ndim == 2 else (1, params[0].numel())
         if group["split_qkv"] and rows == 3 * columns:
             rows = columns
-        return torch.cat(wide(p.grad.reshape(-1, rows, columns) for p in params if p.grad is not None))
+        return torch.cat([g.reshape(-1, rows, columns) for g in gradients(params)])
 
     def _covariances(self, g: Tensor, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """G G^T and G^T G for the sides that are preconditioned."""

@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from ..models.common import own
 from .logs import write_atomically
 
-FORMAT = 1
+FORMAT = 2  # 1: optimizer states in a form of their own, before 0.2
 FILES = ("tensors.safetensors", "state.json")
 SUMS = "SHA256SUMS"
 
@@ -142,17 +142,18 @@ def remove(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state as it was saved, on the CPU. Raises ConfigError for one of a newer version."""
+    """The state as it was saved, on the CPU. Raises ConfigError for one of another version."""
     # copies: a mapped file takes its room on the disk also when it has been deleted
     return _load(path, lambda name: {key: tensor.clone() for key, tensor in load_file(name).items()})
 
 
 def _load(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Any]:
     nest = json.loads((path / FILES[1]).read_text(encoding="utf-8"))
-    if nest["format"] > FORMAT:
+    if nest["format"] != FORMAT:
+        then = "update ema-nesterov" if nest["format"] > FORMAT else "finish the run with the version that began it"
         raise ConfigError(
-            f"{path} has format {nest['format']}, this version reads up to {FORMAT}; update ema-nesterov, or type "
-            "runs_dir=FOLDER to begin anew"
+            f"{path} has format {nest['format']}, this version reads {FORMAT}; {then}, or type runs_dir=FOLDER to "
+            "begin anew"
         )
     return _unflatten(nest["state"], read(path / FILES[0]))
 
@@ -163,7 +164,7 @@ def whole(path: Path) -> bool:
         sums = dict(line.split("  ")[::-1] for line in (path / SUMS).read_text(encoding="utf-8").splitlines())
         state = _load(path, load_file)
         return all(sums[name] == _sha256(path / name) for name in FILES) and state.get("step") == step_of(path)
-    except ConfigError:  # of a newer version: who loads it is told
+    except ConfigError:  # of another version: who loads it is told
         return True
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
         return False

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
-from ..lookahead import Wrapper
+from ..lookahead import Wrapper, wrapper_in
 from ..optim.build import build_optimizer
 from .checkpoint import list_checkpoints, load_checkpoint, step_of, whole
 from .distributed import Ranks
@@ -44,7 +44,7 @@ class Fork:
         """Put the checkpoint's weights and state into model and optimizer; returns all that was saved."""
         state = load_checkpoint(self.checkpoint)
         model.load_state_dict(state["model"])
-        if _shape(cfg) == _shape(self.cfg) and state["optimizer"].get("wrapper") == _wrapper(optimizer):
+        if _shape(cfg) == _shape(self.cfg) and wrapper_in(state["optimizer"]) == _wrapper(optimizer):
             optimizer.load_state_dict(state["optimizer"])
             return state
         before = build_optimizer(model, self.cfg, ranks.group)
@@ -88,7 +88,7 @@ def base(optimizer: Optimizer) -> Optimizer:
 
 
 def _wrapper(optimizer: Optimizer) -> str | None:
-    return type(optimizer).__name__ if isinstance(optimizer, Wrapper) else None
+    return optimizer.NAME if isinstance(optimizer, Wrapper) else None
 
 
 def _shape(cfg: DictConfig) -> str:

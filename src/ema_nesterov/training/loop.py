@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from ..data.loader import MicroBatch, prefetch
 from ..derived import alpha_schedule, lookahead_position, lr_schedule, momentum_schedule
 from ..errors import ConfigError, one_line
-from ..lookahead import Wrapper
+from ..lookahead import Wrapper, wrapper_in
 from ..models.common import checkpoint_blocks, count_parameters
 from ..optim.build import build_optimizer
 from .checkpoint import Saver, load_checkpoint, save_weights
@@ -302,11 +302,11 @@ def derived(loss: float, bytes_per_token: float | None) -> dict[str, float]:
 def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Weights (y_t) and optimizer; returns all that was saved."""
     state = load_checkpoint(checkpoint)
-    saved, built = state["optimizer"].get("wrapper"), type(optimizer).__name__
-    if (saved or "no wrapper") != (built if isinstance(optimizer, Wrapper) else "no wrapper"):
+    saved, built = wrapper_in(state["optimizer"]), optimizer.NAME if isinstance(optimizer, Wrapper) else None
+    if saved != built:
         raise ConfigError(
-            f"{checkpoint} holds {saved or 'no wrapper'}, this config builds {built}: probes keep a weight EMA; "
-            "type the probe_every that the run began with"
+            f"{checkpoint} holds {saved or 'no wrapper'}, this config builds {built or 'none'}: probes keep a weight "
+            "EMA; type the probe_every that the run began with"
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
