@@ -93,3 +93,34 @@ def set_values(params: list[Tensor], new: list[Tensor]) -> None:
     with torch.no_grad():
         for p, value in zip(params, new, strict=True):
             p.copy_(value)
+
+
+# --- every optimizer and wrapper, and what can be made of them: the rows of the contract ----------
+
+
+def wrapped(wrapper: str, base: str) -> Callable[[list[Tensor]], Any]:
+    return lambda params: WRAPPERS[wrapper](build_base(base, params))
+
+
+def _vectors(params: list[Tensor]) -> list[Tensor]:
+    return [p for p in params if p.ndim < 2]
+
+
+def _matrices(params: list[Tensor]) -> list[Tensor]:
+    return [p for p in params if p.ndim == 2]
+
+
+KINDS = ("sgd", "adamw", "muon_nanogpt", "soap", "record30")  # of bases, where Muon's kin do not differ
+
+ROWS: dict[str, Callable[[list[Tensor]], Any]] = {
+    **{name: (lambda params, name=name: build_base(name, params)) for name in BASES if name not in ("sgd", "adamw")},
+    **{f"{wrapper} of {base}": wrapped(wrapper, base) for wrapper, base in PAIRS if base in KINDS},
+    "backward": lambda params: EMANesterov(SGD(params, lr=0.1), -0.2, 0.9),
+    "warm": lambda params: EMANesterov(SGD(params, lr=0.1), 0.5, 0.9, warm_start=True),
+    "adaptive": lambda params: Lookahead(AdamW(params, lr=0.05), 0.5, 3, adaptive=True),
+    "wrapper of its own kind": lambda params: EMANesterov(EMANesterov(AdamW(params, lr=0.05), 0.3, 0.9), 0.5, 0.8),
+    "chain of wrappers": lambda params: Chain(
+        [SNOO(AdamW(_vectors(params), lr=0.05), 0.8, 0.5, 3), EMANesterov(Muon(_matrices(params), lr=0.05), 0.5, 0.9)]
+    ),
+    "chain without memory": lambda params: Chain([SGD(_vectors(params), lr=0.05), SGD(_matrices(params), lr=0.05)]),
+}

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,28 +19,9 @@ from ema_nesterov.optim import Muon
 from ema_nesterov.optim.build import build_optimizer
 from tests.conftest import TINY, assert_same, composed
 from tests.pairs import MATRIX_BASES, PAIRS, WRAPPERS, build_base, parameters, set_values, take_step, values
+from tests.ranks import group, on_ranks
 
 SHARED = ["soap", *MATRIX_BASES]
-
-
-def on_ranks(size: int, folder: Path, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns on each of `size` processes of one gloo group."""
-    mp.start_processes(_enter, (size, folder, work), nprocs=size, start_method="fork")
-    return [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
-
-
-def _enter(rank: int, size: int, folder: Path, work: Callable[[int], Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{size}.init", rank=rank, world_size=size)
-    try:
-        torch.save(work(rank), folder / f"{size}-{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def group() -> dist.ProcessGroup | None:
-    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def checksum(params: list[Tensor]) -> str:

@@ -74,6 +74,8 @@ class Lookahead(Wrapper):
                     )
 
     def _after(self, moved: Moved) -> None:
+        if any(moved.new):
+            self._start_moments({p for p, new in zip(moved.parameters, moved.new, strict=True) if new})
         if self.taken % self.k:
             return
         slow, fast = moved.anchors, moved.wide()
@@ -112,25 +114,40 @@ class Lookahead(Wrapper):
         if self.inner_state == "reset":
             torch._foreach_zero_(now)
             return
-        own = self._own  # there were none at the start
-        before = [local(own[p].get(SYNCED + k, torch.zeros_like(v))) for p, m in held for k, v in m.items()]
-        torch._foreach_lerp_(now, before, 1 - self.alpha_t)
-        for p, values in held:
-            own[p].update({SYNCED + k: v.clone() for k, v in values.items()})
+        synced = [local(self._own[p][SYNCED + k]) for p, values in held for k in values]
+        torch._foreach_lerp_(now, synced, 1 - self.alpha_t)
+        torch._foreach_copy_(synced, now)
+
+    def _start_moments(self, new: set[Tensor]) -> None:
+        """There were none at the start."""
+        if self.inner_state == "interpolate":
+            for p, state, _ in inner_states(self.base):
+                if p in new:
+                    self._own[p] |= {SYNCED + k: torch.zeros_like(v) for k, v in moments(p, state).items()}
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        self._start_moments(set(self._own))
 
     def _pack(self) -> dict[str, Any]:
         saved, ids = super()._pack(), {p: i for i, p in enumerate(parameters_of(self))}
         for member in members(self.base):  # one that shares its state over ranks knows how to complete it
             if isinstance(member, MatrixOptimizer) and self.inner_state == "interpolate":
-                for p, values in member.gather({p: synced(self._own[p]) for p in parameters_of(member)}).items():
-                    saved["state"].setdefault(ids[p], {}).update({self._prefix + k: v for k, v in values.items()})
+                held = {p: synced(self._own[p]) for p in parameters_of(member) if p in self._own}
+                for p, values in member.gather(held).items():
+                    saved["state"][ids[p]] |= {self._prefix + k: v for k, v in values.items()}
         return saved
 
     def _unpack(self, saved: Mapping[str, Any]) -> None:
         super()._unpack(saved)
         for p, state, _ in inner_states(self.base):
-            if p in self._own and not moments(p, state):  # another rank's
-                self._own[p] = {k: v for k, v in self._own[p].items() if not k.startswith(SYNCED)}
+            now, buffers = moments(p, state), self._own.get(p, {})
+            for name in synced(buffers):
+                moment = now.get(name.removeprefix(SYNCED))
+                if moment is None:  # another rank's
+                    del buffers[name]
+                else:  # the base may have cast it
+                    buffers[name] = buffers[name].to(moment.dtype)
 
 
 def moments(p: Tensor, state: State) -> dict[str, Tensor]:

@@ -349,7 +349,7 @@ class Wrapper(Composite):
             self.base.param_groups = groups
 
     def _entries(self, p: Tensor) -> State:
-        return super()._entries(p) | self._own_entries(p)
+        return super()._entries(p) | self._own_entries(p) if self._member_of(p) else {}
 
     def _own_entries(self, p: Tensor) -> State:
         """What is saved of the wrapper with a parameter; counters too, as checkpoints carry what has a parameter."""

@@ -204,15 +204,15 @@ class Composite(Contract):
 
     def _entries(self, p: Tensor) -> State:
         """Everything about a parameter."""
-        entries: State = {}
-        for member in self._members:
-            entries |= member.state.get(p) or {}
-        return entries
+        member = self._member_of(p)
+        return dict(member.state.get(p) or {}) if member else {}
 
     def _put(self, p: Tensor, entries: Mapping[str, Any]) -> None:
-        for member in self._members:
-            if any(p is q for q in parameters_of(member)):
-                member.state[p] = dict(entries)
+        if member := self._member_of(p):
+            member.state[p] = dict(entries)
+
+    def _member_of(self, p: Tensor) -> Optimizer | None:
+        return next((m for m in self._members if any(p is q for q in parameters_of(m))), None)
 
     # --- saving and loading --------------------------------------------------------------------
 

@@ -221,7 +221,7 @@ class MatrixOptimizer(Contract):
     def _check(self, saved: Mapping[str, Any]) -> None:
         name, entries = type(self).__name__, entries_of(self, saved)
         for group in saved["param_groups"]:
-            if missing := [key for key in self.defaults if key not in group]:
+            if missing := [key for key in self.RANGES if key not in group]:
                 raise ValueError(f"{name}: a group of the state has no {missing[0]}; it is another optimizer's")
         for i, p in enumerate(parameters_of(self)):
             if p not in entries:
