@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from ema_nesterov.lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nesterov, Wrapper
+from ema_nesterov.lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nesterov
 from ema_nesterov.optim import SOAP, Aurora, Chain, Muon, NorMuon
 
 LENGTH = 64
@@ -45,21 +45,24 @@ WRAPPERS = {
 }
 
 
-def build_base(name: str, model: LlamaForCausalLM) -> Optimizer:
+def build_optimizer(name: str, lookahead: str, model: LlamaForCausalLM, matrices_only: bool) -> Optimizer:
+    wrap = WRAPPERS[lookahead]
     if name == "adamw":
-        return AdamW(model.parameters(), lr=3e-3)
+        return wrap(AdamW(model.parameters(), lr=3e-3))
     if name == "sgd":
-        return SGD(model.parameters(), lr=0.3, momentum=0.9)
+        return wrap(SGD(model.parameters(), lr=0.3, momentum=0.9))
     # Muon and its kin are for the hidden layers' matrices; embeddings, head and norms belong to AdamW
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p not in set(matrices)]
-    return Chain([AdamW(others, lr=3e-3), MATRIX_OPTIMIZERS[name](matrices)])
+    adamw, matrix = AdamW(others, lr=3e-3), MATRIX_OPTIMIZERS[name](matrices)
+    return Chain([adamw, wrap(matrix)]) if matrices_only else wrap(Chain([adamw, matrix]))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=["adamw", "sgd", *MATRIX_OPTIMIZERS], default="muon")
     parser.add_argument("--lookahead", choices=WRAPPERS, default="ema_nesterov")
+    parser.add_argument("--matrices-only", action="store_true", help="look ahead in the matrices alone")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--eval-every", type=int, default=50)
@@ -83,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    optimizer = WRAPPERS[args.lookahead](build_base(args.base, model))
+    optimizer = build_optimizer(args.base, args.lookahead, model, args.matrices_only)
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
 
     options = TrainingArguments(
@@ -104,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Training ends at the lookahead point y; what is exported is the iterate x. (With load_best_model_at_end leave
     # this out: a checkpoint that was saved after its evaluation holds x already.)
-    if isinstance(optimizer, Wrapper):  # a torch optimizer has no eval()
+    if hasattr(optimizer, "eval"):  # a wrapper, or a chain that may hold one; torch's own optimizers have none
         optimizer.eval()
     trainer.save_model(str(args.out / "final"))
 
