@@ -32,12 +32,15 @@ def slow_in_bfloat16(q: Tensor) -> bool:
 Attend = Callable[..., Tensor]  # called as `causal_attention` is; modeling_nanogpt.py has one with a mask and a cache
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v over the past and present; all (batch, heads, time, dim); scale: 1 / sqrt(dim)."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T) v over the past and present, or where the mask is True; scale: 1 / sqrt(dim).
+
+    q, k, v: (batch, heads, time, dim). mask: (batch or 1, 1, time of q, time of k).
+    """
     if slow_in_bfloat16(q):
         with torch.autocast("cpu", enabled=False):
-            return causal_attention(q.float(), k.float(), v.float(), scale).type_as(q)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            return causal_attention(q.float(), k.float(), v.float(), scale, mask).type_as(q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 
 def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig,
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .common import causal_attention
 from .nanogpt_124m import NanoGPT124M, rms
 from .nanogpt_162m import NanoGPT162M
 
@@ -113,7 +114,8 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """labels: the input ids, -100 where no loss is taken. logits_to_keep: how many of the last, or which; 0: all.
+        """labels: the input ids, -100 where no loss is taken; a token behind padding has none either.
+        logits_to_keep: of how many of the last tokens, or of which ones; 0: of all.
 
         attention_mask covers the tokens in the cache too. It has 4 dimensions where it says which keys each token
         sees, and is then of bools. position_ids: by default, each token's number among its row's. hidden_states: what
@@ -160,7 +162,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() reads the signature
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Raises ValueError where a prompt ends in padding: its next token would be read off there."""
         mask = kwargs.get("attention_mask")
         if kwargs.get("is_first_iteration") and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
@@ -178,7 +180,7 @@ def visible(attention_mask: Tensor | None, x: Tensor, seen: int) -> tuple[Tensor
     past, positions = (steps <= steps[seen:, None])[None, None], steps[None, seen:]
     if attention_mask is not None and attention_mask.ndim == 4:
         if attention_mask.dtype != torch.bool:
-            raise ValueError("an attention_mask of 4 dimensions must be of bools, True where a key is seen")
+            raise ValueError("a mask of 4 dimensions must be of bools, as attn_implementation='sdpa' makes it")
         return attention_mask, positions
     if attention_mask is not None and attention_mask.shape != (batch, seen + time):
         raise ValueError(
@@ -194,9 +196,10 @@ def visible(attention_mask: Tensor | None, x: Tensor, seen: int) -> tuple[Tensor
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, layer: int, mask: Tensor | None, cache: Cache | None
 ) -> Tensor:
-    """softmax(scale q k^T) v over the keys that the mask names, the cache's before the new ones."""
+    """`causal_attention` over the cache's keys and the new ones, where the mask is True."""
     if cache is not None:
-        k, v = cache.update(k, v, layer)
-    if mask is not None:  # layers may be on several devices; a static cache has room to spare
+        places = cache.get_seq_length(layer) + torch.arange(k.size(2), device=k.device)
+        k, v = cache.update(k, v, layer, {"cache_position": places})  # a static cache of transformers 5.0 needs them
+    if mask is not None:  # layers may be on several devices, and a static cache has room to spare
         mask = F.pad(mask.to(q.device), (0, max(0, k.size(2) - mask.size(3))))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return causal_attention(q, k, v, scale, mask)
