@@ -370,6 +370,7 @@ def test_the_other_outputs_and_inputs_agree_with_the_logits(name: str, loaded: d
         ({"attention_mask": torch.ones(2, 3)}, r"attention_mask is \(2, 3\): make it \(2, 4\)"),
         ({"attention_mask": torch.ones(4)}, r"attention_mask is \(4,\): make it \(2, 4\)"),
         ({"attention_mask": torch.zeros(2, 1, 4, 4)}, "must be of bools"),
+        ({"logits_to_keep": torch.ones(2, 4).bool()}, "a tensor of 1 dimension"),
         ({"labels": torch.ones(2, 4).long(), "logits_to_keep": 1}, "leave out logits_to_keep, or labels"),
     ],
 )

@@ -125,6 +125,8 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("this model never forms its attention weights: leave out output_attentions")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim != 1:
+            raise ValueError("logits_to_keep must be a number, or a tensor of 1 dimension: the same places in each row")
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("a loss takes all logits: leave out logits_to_keep, or labels")
         if use_cache is None:
