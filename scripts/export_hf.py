@@ -63,10 +63,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
 tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})
+batch = tokenizer(["One text", "and another one"], padding=True, return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=20), skip_special_tokens=True))
 ```
 
 {tokens}
-{padding}
+
 The licence is for whoever publishes this to choose; that of the dataset may matter.
 """
 
@@ -191,7 +193,7 @@ def exported(run: Trained, at: str) -> PreTrainedModel:
         weights = {f"model.{name}": weight for name, weight in weights.items()}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig(use_cache=isinstance(run.model, Llama))
+    model.generation_config = GenerationConfig()
     return model
 
 
@@ -253,6 +255,8 @@ def converted(ours: Tokenizer, pad_id: int | None, seq_len: int) -> PreTrainedTo
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=rust,
         model_max_length=seq_len,
+        padding_side="left",  # a batch of prompts can be generated from
+        model_input_names=["input_ids", "attention_mask"],  # no token_type_ids, which generate() refuses
         clean_up_tokenization_spaces=False,
         **{key: rust.id_to_token(i) for key, i in tokens.items() if i is not None},
     )
@@ -320,7 +324,6 @@ def card(run: Trained, at: str, model: PreTrainedModel, tokenizer: PreTrainedTok
         lookahead=", ".join([cfg.lookahead.name, *look]),
         trust="" if isinstance(run.model, Llama) else ", trust_remote_code=True",
         tokens=tokens,
-        padding="" if isinstance(run.model, Llama) else "Pad batches on the right: padding on the left is refused.\n",
     )
 
 

@@ -1,6 +1,6 @@
-"""Let a run's weights go on with a text: python scripts/generate.py run=RUN_FOLDER [prompt="..."] [tokens=100]
+"""Continue a text with a run's weights: python scripts/generate.py run=RUN_FOLDER [prompt="..."] [tokens=100]
 
-    step           of a checkpoint (default: the newest); its iterate x is what speaks
+    step           of a checkpoint (default: the newest), at its iterate x
     temperature    0 takes the likeliest token each time
     top_k          samples from so many of the likeliest (null: from all)
     samples, seed  how many texts, and which

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotary positions on x (batch, time, heads, dim), half-split: (x1, x2) turned by -time * frequency.
+def rotate(x: Tensor, frequencies: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Rotary positions on x (batch, time, heads, dim), half-split: (x1, x2) turned by -position * frequency.
 
-    frequencies: (dim / 2,) radians per position.
+    frequencies: (dim / 2,) radians per position. positions: (batch or 1, time), default 0, 1, ...
     """
-    time = torch.arange(x.size(1), device=x.device, dtype=torch.float32)
-    angle = torch.outer(time, frequencies)[:, None, :]  # (time, 1, dim / 2)
+    if positions is None:
+        positions = torch.arange(x.size(1), device=x.device, dtype=torch.float32)
+    angle = (positions[..., None] * frequencies).unsqueeze(-2)  # (..., time, 1, dim / 2)
     cos, sin = angle.cos().type_as(x), angle.sin().type_as(x)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
@@ -27,12 +29,18 @@ def slow_in_bfloat16(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v over the past and present; all (batch, heads, time, dim); scale: 1 / sqrt(dim)."""
+Attend = Callable[..., Tensor]  # called as `causal_attention` is; modeling_nanogpt.py has one with a mask and a cache
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T) v over the past and present, or where the mask is True; scale: 1 / sqrt(dim).
+
+    q, k, v: (batch, heads, time, dim). mask: (batch or 1, 1, time of q, time of k).
+    """
     if slow_in_bfloat16(q):
         with torch.autocast("cpu", enabled=False):
-            return causal_attention(q.float(), k.float(), v.float(), scale).type_as(q)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            return causal_attention(q.float(), k.float(), v.float(), scale, mask).type_as(q)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 
 def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:

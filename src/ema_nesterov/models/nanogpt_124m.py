@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import causal_attention, language_model_loss, pad_rows, rotate
+from .common import Attend, causal_attention, language_model_loss, pad_rows, rotate
 
 
 def rms(x: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ class Rotary(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", (1 / 10000) ** (torch.arange(0, head_dim, 2) / head_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rotate(x, self.inv_freq)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return rotate(x, self.inv_freq, positions)
 
 
 class Attention(nn.Module):
@@ -44,11 +44,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, width, bias=False)
         self.rotary = Rotary(width // heads)
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, time, width)
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention
+    ) -> Tensor:  # (batch, time, width)
         batch, time, width = x.shape
         q, k, v = (part.view(batch, time, self.heads, -1) for part in self.c_attn(x).split(width, dim=-1))
-        q, k = self.rotary(q), self.rotary(k)
-        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k = self.rotary(q, positions), self.rotary(k, positions)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.c_proj(y.transpose(1, 2).reshape(batch, time, width))
 
 
@@ -69,8 +71,8 @@ class Block(nn.Module):
         self.mlp = MLP(width)
         self.attn_scale = 1 / math.sqrt(2 * layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn_scale * self.attn(rms(x))
+    def forward(self, x: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
+        x = x + self.attn_scale * self.attn(rms(x), positions, attend)
         return x + self.mlp(rms(x))
 
 
@@ -103,5 +105,9 @@ class NanoGPT124M(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight = pad_rows(self.lm_head.weight, pad_vocab_to)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        logits = self.lm_head(rms(self.transformer(inputs)))[..., : self.vocab_size].float()
+        logits = self.logits(rms(self.transformer(inputs)))
         return logits if targets is None else language_model_loss(logits, targets)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: what the last norm gives."""
+        return self.lm_head(x)[..., : self.vocab_size].float()

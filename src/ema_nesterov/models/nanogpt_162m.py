@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import causal_attention, language_model_loss, pad_rows, rotate
+from .common import Attend, causal_attention, language_model_loss, pad_rows, rotate
 
 
 class Norm(nn.Module):
@@ -48,8 +48,8 @@ class Rotary(nn.Module):
         turning = (1 / 1024) ** torch.linspace(0, 1, steps=head_dim // 4, dtype=torch.float32)
         self.register_buffer("angular_freq", torch.cat([turning, turning.new_zeros(head_dim // 4)]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rotate(x, self.angular_freq)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return rotate(x, self.angular_freq, positions)
 
 
 class Attention(nn.Module):
@@ -59,11 +59,13 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj = (Linear(width, width) for _ in range(4))
         self.rotary = Rotary(head_dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, time, width)
+    def forward(
+        self, x: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention
+    ) -> Tensor:  # (batch, time, width)
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
-        q, k = (self.rotary(F.rms_norm(part, (self.head_dim,))) for part in (q, k))
-        y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=0.12)
+        q, k = (self.rotary(F.rms_norm(part, (self.head_dim,)), positions) for part in (q, k))
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=0.12)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -85,8 +87,8 @@ class Block(nn.Module):
         self.norm1 = Norm(width, float32_gains)
         self.norm2 = Norm(width, float32_gains)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
+        x = x + self.attn(self.norm1(x), positions, attend)
         return x + self.mlp(self.norm2(x))
 
 
@@ -152,6 +154,10 @@ class NanoGPT162M(nn.Module):
         x = self.norm1(self.embed(inputs))
         for block in self.blocks:
             x = block(x)
-        z = self.proj(self.norm2(x))[..., : self.vocab_size].float()
-        logits = 15 * z * torch.rsqrt(z.square() + 15**2)
+        logits = self.logits(self.norm2(x))
         return logits if targets is None else language_model_loss(logits, targets)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: what the last norm gives."""
+        z = self.proj(x)[..., : self.vocab_size].float()
+        return 15 * z * torch.rsqrt(z.square() + 15**2)
