@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from . import schemas  # importing it registers them
 from .derived import alpha_schedule, lr_schedule, momentum_schedule, steps_of
 from .errors import ConfigError, one_line
+from .lookahead.ema_nesterov import lowest_alpha
 
 
 def check(cfg: DictConfig) -> None:
@@ -339,7 +340,7 @@ def _check_schedule(cfg: DictConfig) -> None:
     s = cfg.schedule
     _choice("schedule.decay", s.decay, ["linear", "exponential", "power"])
     _require(0 <= s.momentum_low < 1, "schedule.momentum_low", s.momentum_low, "in [0, 1)")
-    _require(0 <= s.matched_alpha < 1, "schedule.matched_alpha", s.matched_alpha, "in [0, 1)")
+    _require(-math.inf < s.matched_alpha < 1, "schedule.matched_alpha", s.matched_alpha, "a number below 1")
     if s.decay == "power":
         for key in ("warmup_steps", "min_ratio"):
             _require(not s[key], f"schedule.{key}", s[key], "left out when schedule.decay=power")
@@ -364,7 +365,6 @@ def _check_schedule(cfg: DictConfig) -> None:
 def _check_lookahead(cfg: DictConfig) -> None:
     look = cfg.lookahead
     for key, holds, what in (
-        ("alpha", lambda v: math.isfinite(v) and v >= 0, "at least 0"),
         ("ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),
         ("k", lambda v: v >= 1, "at least 1"),
         ("lr", lambda v: v > 0, "above 0"),
@@ -374,6 +374,11 @@ def _check_lookahead(cfg: DictConfig) -> None:
     ):
         if look.get(key) is not None:
             _require(holds(look[key]), f"lookahead.{key}", look[key], what)
+    if look.name == "lookahead":
+        _require(look.alpha >= 0, "lookahead.alpha", look.alpha, "at least 0")
+    elif "alpha" in look:  # below 0 it looks back along the line
+        lowest = lowest_alpha(look.get("ema_decay", 0.0))
+        _require(look.alpha > lowest, "lookahead.alpha", look.alpha, f"a number above {lowest:g}")
     if look.name == "gpa":
         _require((look.mu_x is None) != (look.k is None), "lookahead.mu_x", look.mu_x, "null where lookahead.k is set")
     if "inner_state" in look:

@@ -40,6 +40,11 @@ from .fused import average_and_extrapolate_
 from .wrapper import Alpha, Moved, Wrapper, lerp_
 
 
+def lowest_alpha(ema_decay: float) -> float:
+    """Above it x lies on the line from e through y, and can be recovered; there y is e itself, at -1/k."""
+    return -ema_decay / (1 - ema_decay) if ema_decay else -1.0
+
+
 class EMANesterov(Wrapper):
     """EMA-Nesterov around `base` (the paper's Algorithm 1) with one extra buffer.
 
@@ -72,7 +77,7 @@ class EMANesterov(Wrapper):
         return (1 + position * self.k) / (1 + alpha * self.k)
 
     def _lowest_alpha(self) -> float:
-        return -1 / self.k
+        return lowest_alpha(self.ema_decay)
 
     def _before(self, moved: Moved) -> None:
         if self.ema_decay == 0:  # the buffer, x_{t-1}, becomes x_t, recovered from y_t

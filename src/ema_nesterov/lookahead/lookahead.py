@@ -93,7 +93,7 @@ class Lookahead(Wrapper):
         curvature = torch.zeros_like(slope)
         displacement = dict(zip(parameters, torch._foreach_sub(fast, slow), strict=True))  # that is -d
         for p, state, group in inner_states(self.base):
-            if p not in displacement:
+            if p not in displacement or p.grad is None:
                 continue
             if "exp_avg_sq" not in state:
                 raise ValueError("an adaptive alpha needs a base that keeps a second moment (exp_avg_sq), as Adam does")

@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch.optim import Optimizer
 
 from ..optim.ranges import COUNT, require
+from .ema_nesterov import lowest_alpha
 from .wrapper import Alpha, Moved, Wrapper, lerp_
 
 
@@ -35,7 +36,7 @@ class NALA(Wrapper):
         return (1 + position) / (1 + alpha)
 
     def _lowest_alpha(self) -> float:
-        return -1.0
+        return lowest_alpha(0.0)
 
     def _alpha_after(self, alpha: float) -> float:
         return 0.0 if self.taken % self.k else alpha

@@ -322,7 +322,8 @@ class Wrapper(Composite):
         """x_t + position d_t of parameters that have buffers, as new tensors."""
         buffers = [self._own[p] for p in held]
         anchors = [local(b["anchor"]) for b in buffers]
-        ends = [local(b.get("x", b.get("y", p))).to(a.dtype) for b, p, a in zip(buffers, held, anchors, strict=True)]
+        kept = [b["x"] if "x" in b else b["y"] if "y" in b else p for b, p in zip(buffers, held, strict=True)]
+        ends = [local(end).to(a.dtype) for end, a in zip(kept, anchors, strict=True)]
         # a frozen parameter's x is what alpha = 0 would have left
         weights = [self._weight(position, 0.0 if "x" in b else self.alpha_t) for b in buffers]
         if len(set(weights)) == 1:

@@ -194,7 +194,7 @@ class Composite(Contract):
             member.zero_grad(set_to_none)
 
     @property
-    def state(self) -> MutableMapping[Tensor, Any]:
+    def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
         return Joined(self)
 
     @state.setter

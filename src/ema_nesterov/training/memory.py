@@ -165,11 +165,10 @@ def set_gradients(model: nn.Module) -> None:
 
 
 def wrapper_bytes(optimizer: Optimizer) -> int:
-    total = 0
-    while isinstance(optimizer, Wrapper):
-        total += sum(t.nbytes for t in tree_leaves(optimizer._buffers()))
-        optimizer = optimizer.base
-    return total
+    if not isinstance(optimizer, Wrapper):
+        return 0
+    entries = (entry for state in optimizer.state.values() for entry in state.items())
+    return sum(t.nbytes for name, t in entries if "." in name and isinstance(t, Tensor))  # a base's names have no dot
 
 
 class Live(TorchDispatchMode):
