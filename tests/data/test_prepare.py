@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -13,13 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
+from tiktoken_ext import openai_public
 
 from ema_nesterov.data.loader import TokenDataset
 from ema_nesterov.data.manifest import load_manifest
+from ema_nesterov.data.preparation import tokenise
 from ema_nesterov.data.preparation.inspect import show, verify
 from ema_nesterov.data.preparation.recipes import prepare_dataset
 from ema_nesterov.data.preparation.sources import local_sources, read
 from ema_nesterov.data.shards import open_shard
+from ema_nesterov.data.tokenizers import encode_long, load_tokenizer, open_tokenizer
 from ema_nesterov.errors import DataError
 from tests.conftest import ROOT, composed
 from tests.data.texts import contents, documents, gpt2_stream, tokens, write_c4, write_parquet
@@ -240,6 +246,96 @@ def test_documents_are_read_to_the_letter(tmp_path: Path) -> None:
     ]
 
 
+# --- documents that no tokenizer was made for -----------------------------------------------------
+
+MILLION = 1_000_001
+STRANGE = {
+    "spaces": "a" + " " * MILLION + "word",
+    "newlines": "a" + "\n" * MILLION + "word",
+    "lines of spaces": "a" + " \n" * MILLION + "  word",
+    "no-break spaces": "a" + "\xa0" * MILLION + "word",
+    "spaces at the end": "a\n" + " " * MILLION,
+    "spaces alone": " " * MILLION,
+    "a word": "a" * MILLION,
+    "digits": "1" * MILLION,
+    "dots": "." * MILLION,
+    "marks": "\u0301" * MILLION,
+    "NUL": "a\0b" * 1000,
+    "nothing": "",
+}
+
+
+def encodings() -> dict[str, tiktoken.Encoding]:
+    """Each of tiktoken's ways to split a text, with GPT-2's tokens, as the others are a download."""
+    gpt2 = load_tokenizer("gpt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: gpt2._mergeable_ranks)
+        made = {name: openai_public.ENCODING_CONSTRUCTORS[name]() for name in ("cl100k_base", "o200k_base")}
+    patterns = {"gpt2": gpt2._pat_str} | {name: spec["pat_str"] for name, spec in made.items()}
+    return {
+        name: tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={})
+        for name, pattern in patterns.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+def test_a_text_that_is_cut_around_its_blanks_has_the_ids_of_the_whole(name: str) -> None:
+    encoding, rng = encodings()[name], random.Random(0)
+    blanks = [*" \t\n\r\v\xa0\x85\u2028\x1c", "\r\n", "  "]
+    others = ["a", "B", "12", "...", "'s", "/", "é", "\u0301", "中"]
+    for _ in range(3000):
+        text = "".join(rng.choices(blanks + others, k=rng.randint(0, 14)))
+        assert encode_long(encoding, text, long_run=1).tolist() == encoding.encode_ordinary(text), repr(text)
+    for kind, text in STRANGE.items():
+        assert encoding.decode(encode_long(encoding, text).tolist()) == text, kind
+
+
+def test_strange_documents_are_prepared_with_any_tokenizer(tmp_path: Path, sample: Path, t5: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    texts = [STRANGE[kind] for kind in ("spaces", "newlines", "no-break spaces", "a word", "NUL", "nothing")]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "raw" / "x.jsonl").write_text(lines, encoding="utf-8")
+    for i, tokenizer in enumerate(("gpt2", sample / "tokenizer.json", t5 / "tokenizer.json", t5 / "spiece.model")):
+        out = tmp_path / str(i)
+        prepare("dataset=text", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={out}", "dataset.val_every=9",
+                f"dataset.tokenizer={tokenizer}")  # fmt: skip
+        opened = open_tokenizer(str(tokenizer))
+        expected = [part for ids in opened.encode(texts) for part in (opened.before, ids, opened.after)]
+        assert np.array_equal(tokens(out, "val", "train"), np.concatenate(expected))
+
+
+class Panic(BaseException):
+    """As pyo3's, which is no Exception."""
+
+
+@pytest.mark.parametrize("error", [Panic("no\nroom"), ValueError("no\nroom"), MemoryError("no room")])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_document_that_the_tokenizer_does_not_take_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: str
+) -> None:
+    whole = tokenise.open_tokenizer("gpt2")
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        if "bad" in texts:
+            raise error
+        return whole.encode(texts)
+
+    monkeypatch.setattr(tokenise, "open_tokenizer", lambda name: dataclasses.replace(whole, encode=encode))
+    (tmp_path / "raw").mkdir()
+    texts = ["fine", "good", "bad", "well"]
+    for i, text in enumerate(texts if kind == "txt" else []):
+        (tmp_path / "raw" / f"{i}.txt").write_text(text, encoding="utf-8")
+    if kind == "jsonl":
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "raw" / "x.jsonl").write_text(lines, encoding="utf-8")
+    if kind == "parquet":
+        write_parquet(tmp_path / "raw" / "x.parquet", texts)
+    place = "raw/2.txt" if kind == "txt" else f"document 3 of .*raw/x.{kind}"
+    with pytest.raises(DataError, match=f"{place}, which begins 'bad', is not taken by tokenizer gpt2 .*no room") as e:
+        prepare("dataset=text", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={tmp_path / 'out'}")
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -247,7 +343,10 @@ def test_documents_are_read_to_the_letter(tmp_path: Path) -> None:
         ('{"text": null}', "line 2 of .* holds no text under text"),
         ('{"body": "x"}', "line 2 of .* has no column text, but columns body"),
         ('["x"]', "line 2 of .* has no column text, but list"),
-        ('{"text": "\\ud800"}', "is no character"),
+        (
+            '{"text": "b\\ud800"}',
+            r"document 2 of .*x.jsonl, which begins 'b\\ud800', holds '\\ud800', which is no char",
+        ),
     ],
 )
 def test_a_row_without_text_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
