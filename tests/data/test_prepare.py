@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import bz2
+import dataclasses
 import gzip
 import json
+import lzma
+import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiktoken
+from tiktoken_ext import openai_public
 
 from ema_nesterov.data.loader import TokenDataset
 from ema_nesterov.data.manifest import load_manifest
+from ema_nesterov.data.preparation import tokenise
 from ema_nesterov.data.preparation.inspect import show, verify
 from ema_nesterov.data.preparation.recipes import prepare_dataset
 from ema_nesterov.data.preparation.sources import local_sources, read
 from ema_nesterov.data.shards import open_shard
+from ema_nesterov.data.tokenizers import encode_long, load_tokenizer, open_tokenizer
 from ema_nesterov.errors import DataError
 from tests.conftest import ROOT, composed
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 from tests.data.texts import contents, documents, gpt2_stream, tokens, write_c4, write_parquet
 
 pytestmark = pytest.mark.usefixtures("inline")
@@ -109,7 +125,7 @@ def test_any_text_is_tokenised_and_every_nth_document_held_out(tmp_path: Path) -
     (folder / "d").mkdir()
     for i, text in enumerate(texts[200:]):
         (folder / "d" / f"{i:03d}.txt").write_text(text, encoding="utf-8")
-    (folder / "notes.md").write_text("not text to train on", encoding="utf-8")
+    (folder / "notes.docx").write_text("not text to train on", encoding="utf-8")
     prepare("dataset=text", f"dataset.path={folder}", f"dataset.output={tmp_path / 'out'}", "dataset.val_every=7")
     assert (tokens(tmp_path / "out", "val") == gpt2_stream(texts[::7])).all()
     assert (tokens(tmp_path / "out", "train") == gpt2_stream(t for i, t in enumerate(texts) if i % 7)).all()
@@ -229,6 +245,8 @@ def test_documents_are_read_to_the_letter(tmp_path: Path) -> None:
         "h.json.gz": b"",
         ".hidden/i.txt": b"not meant",
         "__pycache__/j.txt": b"nor this",
+        "l.MD": b"# Title\r\n",
+        "m.text": b"plain",
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -236,8 +254,227 @@ def test_documents_are_read_to_the_letter(tmp_path: Path) -> None:
     write_parquet(tmp_path / "k.parquet", [])
     (tmp_path / "out").mkdir()
     assert held(tmp_path) == [
-        *("another", "named like a pattern", "x\r\ny\rz\n", "é", "packed\r\n", "", 'a "q" \n', "2020-01-01")
+        *("another", "named like a pattern", "x\r\ny\rz\n", "é", "packed\r\n", "", 'a "q" \n', "2020-01-01"),
+        *("# Title\r\n", "plain"),
     ]
+
+
+def zst_of_two_frames(content: bytes) -> bytes:
+    """As parallel compressors write it."""
+    return zstd.compress(content[:9]) + zstd.compress(content[9:])
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    **{"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress},
+    **{".zst": zstd.compress, ".ZST": zst_of_two_frames},
+}
+
+
+@pytest.mark.parametrize("behind", COMPRESSORS)
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        *((suffix, "one\n") for suffix in (".txt", ".TXT", ".text", ".md", ".markdown")),
+        *((suffix, '{"text": "one\\n"}\n\n{"text": "two"}') for suffix in (".json", ".jsonl", ".ndjson", ".Json")),
+    ],
+)
+def test_every_form_of_text_is_read_compressed_or_not(tmp_path: Path, suffix: str, content: str, behind: str) -> None:
+    (tmp_path / f"x{suffix}{behind}").write_bytes(COMPRESSORS[behind](content.encode()))
+    assert held(tmp_path) == ["one\n", "two"][: 1 + ("two" in content)]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('[{"text": "one"}, {"text": "two"}]', ["one", "two"]),
+        ('\ufeff\n [\n  {"text": "one"},\n  {"text": "two", "score": NaN}\n]\n', ["one", "two"]),
+        ("[]", []),
+        ('{\n  "text": "one",\n  "more": [1,\n 2]\n}\n', ["one"]),
+        ('{"text": "one"}', ["one"]),
+        ('[\n{"text": "one"},\n{"text": "tw', "x.json is no JSON .*an object a line, or one array of objects"),
+        ('["one", "two"]', 'element 1 of .*x.json has no column text, but is a str; write it as {"text": ...}'),
+        ('[{"text": "one"}, {"body": "two"}]', "element 2 of .*x.json has no column text, but columns body"),
+        ('{"text": "one"\n{"text": "two"}', "line 1 of .*x.json is no JSON"),
+        ('["one"]\n["two"]', "x.json is no JSON"),
+        ('{"data": [{"text": "one"}]}', "line 1 of .*x.json has no column text, but columns data"),
+    ],
+)
+def test_a_file_of_json_may_be_one_array_or_one_object(tmp_path: Path, content: str, texts: list[str] | str) -> None:
+    (tmp_path / "x.json").write_text(content, encoding="utf-8")
+    if isinstance(texts, list):
+        assert held(tmp_path) == texts
+        (source,) = local_sources(tmp_path, None)
+        assert [text for batch in read(source, "text", skip=1, batch=1) for text in batch] == texts[1:]
+    else:
+        with pytest.raises(DataError, match=texts) as error:
+            held(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_not_read_is_counted_and_the_first_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other kinds, no suffix, archives, what is hidden, links to nothing; but not what lies in the shards' folder."""
+    raw, out = tmp_path / "raw", tmp_path / "raw" / "out"
+    texts = documents(4)
+    for name in ("a.txt", "b/c.MD", "b/d/e.text", "f.txt.gz"):
+        (raw / name).parent.mkdir(parents=True, exist_ok=True)
+        text = texts.pop().encode()
+        (raw / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    others = ["b/notes.docx", "archive.zip", "README", "x.parquet.gz", "y.tar.zst", ".DS_Store", ".git/config"]
+    for name in [*others, "_old/g.txt"]:
+        (raw / name).parent.mkdir(exist_ok=True)
+        (raw / name).write_bytes(b"?")
+    (raw / "gone.txt").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(raw / "pipe.txt")
+    for _ in range(2):
+        prepare("dataset=text", f"dataset.path={raw}", f"dataset.output={out}", "dataset.val_every=2")
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "passed over" in line)
+        kinds = "1 *.md, 1 *.text, 1 *.txt, 1 *.txt.gz"
+        assert line.startswith(
+            f"{raw}: {kinds}; passed over: 10 others, the first README (read are *.txt, *.text, *.md,"
+        )
+    (raw / ".git" / "more").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no files \*.txt, .*, but 2 others, the first config; .*rename plain text"):
+        local_sources(raw / ".git", None)
+
+
+def test_files_that_the_pattern_leaves_out_are_counted_too(
+    tmp_path: Path, t5: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_c4(tmp_path / "raw", [["One."], ["Two."]], [["Three."]])
+    (raw / "c4-train.00002-of-01024.json.zst").write_bytes(zstd.compress(b'{"text": "Four."}'))
+    prepare("dataset=c4", f"dataset.path={raw}", f"dataset.output={tmp_path / 'out'}", f"dataset.tokenizer={t5}")
+    assert (
+        f"{raw}: 3 *.json.gz; passed over: 1 other, c4-train.00002-of-01024.json.zst (read are c4-train.*.json.gz, c4-"
+        in (capsys.readouterr().out)
+    )
+
+
+def test_links_are_followed_but_not_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "b.txt").write_text("b", encoding="utf-8")
+    raw = tmp_path / "raw"
+    (raw / "one").mkdir(parents=True)
+    (raw / "two").mkdir()
+    (raw / "one" / "a.txt").write_text("a", encoding="utf-8")
+    (raw / "c.txt").symlink_to(raw / "one" / "a.txt")
+    (raw / "linked").symlink_to(tmp_path / "elsewhere")
+    (raw / "one" / "up").symlink_to(raw)
+    (raw / "two" / "to_one").symlink_to(raw / "one")
+    (tmp_path / "elsewhere" / "deep" / "back").symlink_to(raw / "linked")
+    found = [file.removeprefix(f"{raw}/") for source in local_sources(raw, None) for file in source.files]
+    assert found == ["c.txt", "linked/deep/b.txt", "one/a.txt", "two/to_one/a.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "shut").mkdir()
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:  # root may read all
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"cannot read folder .*/shut: Permission denied"):
+        local_sources(tmp_path, None)
+
+
+def test_a_file_of_plain_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for name, content in (("a.txt", b"fine"), ("b.txt", "né".encode("latin-1")), ("c.txt", b"fine")):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"b.txt cannot be read .UnicodeDecodeError"):
+        held(tmp_path)
+
+
+# --- documents that no tokenizer was made for -----------------------------------------------------
+
+MILLION = 1_000_001
+STRANGE = {
+    "spaces": "a" + " " * MILLION + "word",
+    "newlines": "a" + "\n" * MILLION + "word",
+    "lines of spaces": "a" + " \n" * MILLION + "  word",
+    "no-break spaces": "a" + "\xa0" * MILLION + "word",
+    "spaces at the end": "a\n" + " " * MILLION,
+    "spaces alone": " " * MILLION,
+    "a word": "a" * MILLION,
+    "digits": "1" * MILLION,
+    "dots": "." * MILLION,
+    "marks": "\u0301" * MILLION,
+    "NUL": "a\0b" * 1000,
+    "nothing": "",
+}
+
+
+def encodings() -> dict[str, tiktoken.Encoding]:
+    """Each of tiktoken's ways to split a text, with GPT-2's tokens, as the others are a download."""
+    gpt2 = load_tokenizer("gpt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: gpt2._mergeable_ranks)
+        made = {name: openai_public.ENCODING_CONSTRUCTORS[name]() for name in ("cl100k_base", "o200k_base")}
+    patterns = {"gpt2": gpt2._pat_str} | {name: spec["pat_str"] for name, spec in made.items()}
+    return {
+        name: tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={})
+        for name, pattern in patterns.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+def test_a_text_that_is_cut_around_its_blanks_has_the_ids_of_the_whole(name: str) -> None:
+    encoding, rng = encodings()[name], random.Random(0)
+    blanks = [*" \t\n\r\v\xa0\x85\u2028\x1c", "\r\n", "  "]
+    others = ["a", "B", "12", "...", "'s", "/", "é", "\u0301", "中"]
+    for _ in range(3000):
+        text = "".join(rng.choices(blanks + others, k=rng.randint(0, 14)))
+        assert encode_long(encoding, text, long_run=1).tolist() == encoding.encode_ordinary(text), repr(text)
+    for kind, text in STRANGE.items():
+        assert encoding.decode(encode_long(encoding, text).tolist()) == text, kind
+
+
+def test_strange_documents_are_prepared_with_any_tokenizer(tmp_path: Path, sample: Path, t5: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    texts = [STRANGE[kind] for kind in ("spaces", "newlines", "no-break spaces", "a word", "NUL", "nothing")]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "raw" / "x.jsonl").write_text(lines, encoding="utf-8")
+    for i, tokenizer in enumerate(("gpt2", sample / "tokenizer.json", t5 / "tokenizer.json", t5 / "spiece.model")):
+        out = tmp_path / str(i)
+        prepare("dataset=text", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={out}", "dataset.val_every=9",
+                f"dataset.tokenizer={tokenizer}")  # fmt: skip
+        opened = open_tokenizer(str(tokenizer))
+        expected = [part for ids in opened.encode(texts) for part in (opened.before, ids, opened.after)]
+        assert np.array_equal(tokens(out, "val", "train"), np.concatenate(expected))
+
+
+class Panic(BaseException):
+    """As pyo3's, which is no Exception."""
+
+
+@pytest.mark.parametrize("error", [Panic("no\nroom"), ValueError("no\nroom"), MemoryError("no room")])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_document_that_the_tokenizer_does_not_take_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: str
+) -> None:
+    whole = tokenise.open_tokenizer("gpt2")
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        if "bad" in texts:
+            raise error
+        return whole.encode(texts)
+
+    monkeypatch.setattr(tokenise, "open_tokenizer", lambda name: dataclasses.replace(whole, encode=encode))
+    (tmp_path / "raw").mkdir()
+    texts = ["fine", "good", "bad", "well"]
+    for i, text in enumerate(texts if kind == "txt" else []):
+        (tmp_path / "raw" / f"{i}.txt").write_text(text, encoding="utf-8")
+    if kind == "jsonl":
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "raw" / "x.jsonl").write_text(lines, encoding="utf-8")
+    if kind == "parquet":
+        write_parquet(tmp_path / "raw" / "x.parquet", texts)
+    place = "raw/2.txt" if kind == "txt" else f"document 3 of .*raw/x.{kind}"
+    with pytest.raises(DataError, match=f"{place}, which begins 'bad', is not taken by tokenizer gpt2 .*no room") as e:
+        prepare("dataset=text", f"dataset.path={tmp_path / 'raw'}", f"dataset.output={tmp_path / 'out'}")
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +483,11 @@ def test_documents_are_read_to_the_letter(tmp_path: Path) -> None:
         ('{"text": 3}', "line 2 of .* holds no text under text"),
         ('{"text": null}', "line 2 of .* holds no text under text"),
         ('{"body": "x"}', "line 2 of .* has no column text, but columns body"),
-        ('["x"]', "line 2 of .* has no column text, but list"),
-        ('{"text": "\\ud800"}', "is no character"),
+        ('["x"]', "line 2 of .* has no column text, but is a list"),
+        (
+            '{"text": "b\\ud800"}',
+            r"document 2 of .*x.jsonl, which begins 'b\\ud800', holds '\\ud800', which is no char",
+        ),
     ],
 )
 def test_a_row_without_text_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -18,7 +19,7 @@ from ema_nesterov.errors import ConfigError
 from ema_nesterov.sweeps.cost import ASSUMED_MFU, PEAK, cost
 from ema_nesterov.sweeps.launch import launch
 from ema_nesterov.sweeps.manifest import Sweep, freeze, is_frozen, open_sweep, sweep_folder
-from ema_nesterov.sweeps.plan import SweepFile, expand, merge, plan
+from ema_nesterov.sweeps.plan import SweepFile, expand, merge, open_sweep_file, plan, sweep_names
 from ema_nesterov.sweeps.state import state_of, states
 from ema_nesterov.training.checkpoint import list_checkpoints
 from ema_nesterov.training.folder import claimed
@@ -71,6 +72,42 @@ def test_runs_are_those_of_train_py_and_one_that_stands_twice_is_one() -> None:
     runs = plan(CONFIGS, commands, ["steps=20"])
     folders = [run_folder(composed("experiment=quickstart/muon", "steps=20", f"seed={seed}")) for seed in (0, 1)]
     assert [Path("runs") / run.id for run in runs] == folders
+
+
+@pytest.mark.parametrize("name", sweep_names(CONFIGS))
+def test_what_a_sweep_says_is_text(name: str) -> None:
+    file = open_sweep_file(CONFIGS, name)
+    figures = [figure["title"] for figure in file.figures if "title" in figure]
+    assert all(isinstance(text, str) and text for text in [file.title, *file.runs, *file.unknown, *figures])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("title: a\nruns: [seed=0]\nunknown:\n  - the rates, from the rule: 0.1, 0.2", "unknown: {'the rates, from"),
+        ("title: a\nruns: [seed=0]\nunknown: [the rates, 0.3]", "unknown: 0.3 is not text; put the whole line in"),
+        ("title: a\nruns: [seed=0]\nunknown: [[the rates]]", "unknown: ['the rates'] is not text"),
+        ("title: a\nruns: [seed=0]\nunknown:\n  -", "unknown: None is not text"),
+        ("title: a\nruns: [seed=0]\nunknown: the rates", "unknown must be a list"),
+        ("title: a\nruns:\n  - experiment: a", "runs: {'experiment': 'a'} is not text"),
+        ("title: a\nruns: [3]", "runs: 3 is not text"),
+        ("title: {Figure 9: a}\nruns: [seed=0]", "title: {'Figure 9': 'a'} is not text"),
+        ("title: 9\nruns: [seed=0]", "title: 9 is not text"),
+        ("title:\nruns: [seed=0]", "title: None is not text"),
+        ("runs: [seed=0]", "a sweep needs both title: TEXT and runs:"),
+        ("title: Figure 9: a\nruns: [seed=0]", "mapping values are not allowed"),
+        ("title: a\nruns: [seed=0]\nfigures: [{kind: final, title: {a: b}}]", "figures: title: {'a': 'b'} is not text"),
+        ("title: a\nruns: [seed=0]\nfigures: [final]", "figures: 'final' has no kind; write {kind: final}"),
+        ("[a]", "a sweep needs both title: TEXT and runs:"),
+        ("", "a sweep needs both title: TEXT and runs:"),
+    ],
+)
+def test_a_sweep_that_says_something_else_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        open_sweep_file(tmp_path, "mine")
+    assert "mine.yaml: " in str(error.value)
 
 
 @pytest.mark.parametrize("experiment", ["nanogpt_124m/soap_ema_nesterov", "nanogpt_162m/record30_lr_matched"])

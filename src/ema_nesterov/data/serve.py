@@ -53,7 +53,7 @@ def serve(
         with ProcessPoolExecutor(processes, spawn(), begin_tokenising, (layout,)) as pool:
             for texts in _shares(stream, share, step, max_epochs):
                 parts = [texts[i : i + AT_ONCE] for i in range(0, len(texts), AT_ONCE)]
-                batches = [Batch(0, 0, len(part), 0, "the stream", "train") for part in parts]
+                batches = [Batch(0, 0, len(part), 0, "", "train") for part in parts]
                 waiting.append([pool.submit(tokenise_batch, p, b) for p, b in zip(parts, batches, strict=True)])
                 if len(waiting) > STEPS_AHEAD:
                     pipe.send((_rows(waiting.popleft(), layout), dict(counts)))

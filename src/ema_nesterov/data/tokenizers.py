@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,8 @@ T5 = "google-t5/t5-base"  # on the Hugging Face hub
 T5_PIECES = (
     "c7a941962bfe1bd2cec73c6ea8b822bb331b128e2f5c12ab716630bc7eab98a2"  # SHA-256 of its 32,000 pieces, a line each
 )
+BLANK = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # white space in Unicode
+LONG_RUN = 100_000  # characters; tiktoken's regular expressions fail at runs of a million blanks
 LEADING, TRAILING = ("<|endoftext|>", "<|end_of_text|>"), ("</s>", "<eos>")  # document marks, where no template tells
 
 
@@ -137,10 +141,34 @@ def _from_tiktoken(name: str) -> Tokenizer:
         vocab_size=encoding.n_vocab,
         before=(encoding.eot_token,),
         after=(),
-        encode=lambda texts: [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts],
+        encode=lambda texts: [encode_long(encoding, text) for text in texts],
         decode=encoding.decode,
         token_bytes=token_bytes,
     )
+
+
+def encode_long(encoding: tiktoken.Encoding, text: str, long_run: int = LONG_RUN) -> np.ndarray:
+    """The ids of the text, whatever runs of blanks it holds."""
+    if len(text) < long_run:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    parts = blank_pieces(encoding._pat_str, long_run).split(text)
+    ids = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts[::2]]
+    for i, piece in enumerate(parts[1::2]):
+        ids.insert(2 * i + 1, np.array(encoding._encode_single_piece(piece), ids[0].dtype))
+    return np.concatenate(ids)
+
+
+@cache
+def blank_pieces(pattern: str, length: int) -> re.Pattern[str]:
+    r"""What finds the pieces of `length` blanks and more into which one of tiktoken's patterns splits a text.
+
+    In all of them a run of blanks before a word is a piece but for its last character: `\s+(?!\S)`. Where newlines
+    have a rule of their own, the run begins behind the last of them. At the end of the text the whole run is a piece,
+    unless `\s++$` takes newlines into it; that one never fails, and is left alone.
+    """
+    blank = BLANK.replace(r"\t-\r", r"\t\x0b\x0c") if r"[\r\n]" in pattern else BLANK
+    end = "" if r"\s++$" in pattern else r"|\Z"
+    return re.compile(f"(?<![{blank}])([{blank}]{{{length},}})(?=[{blank}][^{BLANK}]{end})")
 
 
 def _from_json(path: Path) -> Tokenizer:

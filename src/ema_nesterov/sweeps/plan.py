@@ -24,6 +24,8 @@ from ..cli import composed_each, explain, key_of, unreadable
 from ..errors import ConfigError
 from ..training.identity import identity
 
+TEXTS = ("title", "runs", "unknown", "figures: title")  # what a file of configs/sweep says in text
+
 
 @dataclass
 class SweepFile:
@@ -54,10 +56,27 @@ def open_sweep_file(configs: Path, name: str) -> SweepFile:
         hint = f"did you mean sweep={near[0]}?" if near else f"choose one of {', '.join(known)}"
         raise ConfigError(f"there is no sweep {name}; {hint}")
     try:
-        sweep: Any = OmegaConf.merge(OmegaConf.structured(SweepFile), OmegaConf.load(path))
+        held = OmegaConf.load(path)
+        require_text(path, OmegaConf.to_container(held))
+        sweep: Any = OmegaConf.merge(OmegaConf.structured(SweepFile), held)
         return OmegaConf.to_object(sweep)  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError) as e:
         raise ConfigError(f"{path}: {explain(e, None)}") from None
+
+
+def require_text(path: Path, held: Any) -> None:
+    """Raise ConfigError where YAML reads something else: a colon makes a line a mapping, which OmegaConf takes, as it
+    takes numbers for text."""
+    if not isinstance(held, dict) or not {"title", "runs"} <= held.keys():
+        raise ConfigError(f"{path}: a sweep needs both title: TEXT and runs: [COMMAND LINE, ...]; write them")
+    lists = {key: held[key] if isinstance(held[key], list) else [held[key]] for key in held}
+    for figure in lists.get("figures", ()):
+        if not isinstance(figure, dict):
+            raise ConfigError(f"{path}: figures: {figure!r} has no kind; write {{kind: {figure}}}")
+    titles = [figure["title"] for figure in lists.get("figures", ()) if "title" in figure]
+    for key, texts in {**lists, "figures: title": titles}.items():
+        if wrong := [text for text in texts if key in TEXTS and not isinstance(text, str)]:
+            raise ConfigError(f"{path}: {key}: {wrong[0]!r} is not text; put the whole line in quotes")
 
 
 def sweep_names(configs: Path) -> list[str]:

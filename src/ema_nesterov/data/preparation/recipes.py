@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from ...errors import DataError
 from ..manifest import NAME, Manifest, adopt, load_manifest
 from .prepare import prepare
-from .sources import Source, builder_of, hub_sources, local_sources
+from .sources import READABLE, Source, account, builder_of, hub_sources, local_sources
 from .tokenise import Layout
 
 
@@ -43,6 +43,7 @@ def prepare_dataset(d: DictConfig) -> Manifest:
         items = [(s, "val") for s in text_sources(d, d.val_files)] + [(s, "train") for s in text_sources(d, d.files)]
     else:
         items = [(s, "every" if d.val_every else "first") for s in text_sources(d, d.files)]
+    _say_what_is_read(d, [source for source, _ in items])
     return _prepare_text(d, items, d.hub if d.output is None else Path(d.path).name)
 
 
@@ -52,7 +53,8 @@ def _refuse_text(d: DictConfig) -> None:
     if d.output is not None and Path(d.output).resolve() == folder.resolve():
         raise DataError(f"{folder} is the text's folder; type dataset.output=FOLDER, another one, for its shards")
     shards = (folder / NAME).exists() or any(folder.glob("*.bin"))
-    if d.output is None and not shards and any(builder_of(path.name) for path in folder.rglob("*")):
+    wanted = ("text", "json", "parquet") if d.hub is None else ("json", "parquet")  # beside shards lies a README.md
+    if d.output is None and not shards and any(builder_of(path.name) in wanted for path in folder.rglob("*")):
         raise DataError(f"{folder} holds text; type dataset.output=FOLDER for the shards that are made of it")
     if d.output is None and d.hub is None:
         raise DataError(
@@ -65,6 +67,13 @@ def text_sources(d: DictConfig, pattern: str | None) -> list[Source]:
     if d.path is None or d.output is None:
         return hub_sources(d.hub, str(pattern))
     return local_sources(Path(d.path), pattern and Path(pattern).name, but=Path(d.output))
+
+
+def _say_what_is_read(d: DictConfig, sources: list[Source]) -> None:
+    """Of a folder of text, and what is not."""
+    if d.path is not None and d.output is not None:
+        patterns = [Path(pattern).name for pattern in (d.files, d.val_files) if pattern is not None]
+        print(account(Path(d.path), sources, ", ".join(patterns) or READABLE, but=Path(d.output)), flush=True)
 
 
 def prepare_validation(d: DictConfig) -> None:
@@ -85,6 +94,7 @@ def prepare_validation(d: DictConfig) -> None:
         layout = Layout(d.tokenizer, d.vocab_size, "rows", d.row_len, d.pad_id, d.text_key)
         slots = 2 * max(d.val_tokens, d.probe_tokens)
         items = [(s, "val") for s in text_sources(d, d.val_files)]
+        _say_what_is_read(d, [s for s, _ in items] + text_sources(d, d.files))
         prepare(folder, d.name, d.path or d.hub, items, layout, val_tokens=slots - slots % d.row_len)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...errors import DataError
+from ...errors import DataError, one_line
 from ..tokenizers import Tokenizer, open_tokenizer
 from .processes import begin_worker, spawn
 from .sources import Source, read
@@ -39,8 +39,16 @@ class Batch(NamedTuple):
     first: int  # number of the first of them in the source
     documents: int
     before: int  # documents before it, in all the sources of its split
-    file: str  # or the first of its files
+    file: str | tuple[str, ...]  # of all of them, or of each; "": a stream
     split: str  # train, val, every (val_every tells) or first
+
+    def place(self, index: int, text: str) -> str:
+        """Where a document of the batch is found."""
+        if not self.file:
+            return f"the document of the stream that begins {text[:40]!a}"
+        each = isinstance(self.file, tuple)
+        place = self.file[index] if each else f"document {self.first + index + 1} of {self.file}"
+        return f"{place}, which begins {text[:40]!a},"
 
 
 class Tokens(NamedTuple):
@@ -77,7 +85,8 @@ def _batches(items: list[tuple[Source, str]], at: dict[str, int], text_key: str)
         source, split = items[index]
         first = at["documents"] if index == at["source"] else 0
         for texts in read(source, text_key, first):
-            yield Batch(index, first, len(texts), before, source.files[0], split), texts
+            file = source.files[first : first + len(texts)] if source.builder == "text" else source.files[0]
+            yield Batch(index, first, len(texts), before, file, split), texts
             first += len(texts)
             before += len(texts)
 
@@ -99,24 +108,45 @@ def tokenise_batch(texts: list[str], batch: Batch) -> Tokens:
     held_out = [batch.split == "val"] * len(texts)
     if batch.split == "every":
         held_out = [(batch.before + i) % (_layout.val_every or 1) == 0 for i in range(len(texts))]
-    try:
-        documents = _tokenizer.encode(texts)
-    except UnicodeEncodeError as e:
-        half = f"{e.object[e.start]!a}"
-        raise DataError(f"a document of {batch.file} holds {half}, which is no character; mend it") from None
+    documents = encode(texts, batch)
     train, val = (
         lay_out([ids for ids, held in zip(documents, held_out, strict=True) if held == v], _tokenizer, _layout)
         for v in (False, True)
     )
     limit = _layout.vocab_size or _tokenizer.vocab_size
     if (largest := int(max(train.max(initial=0), val.max(initial=0)))) >= limit:
-        first = batch.first + next(i for i, ids in enumerate(documents) if ids.max(initial=0) >= limit)
+        first = next(i for i, ids in enumerate(documents) if ids.max(initial=0) >= limit)
         raise DataError(
-            f"document {first} of {batch.file} holds token {largest} of tokenizer {_tokenizer.name}, the dataset is of "
-            f"{limit}; type dataset.vocab_size={_tokenizer.vocab_size}"
+            f"{batch.place(first, texts[first])} holds token {largest} of tokenizer {_tokenizer.name}, the dataset is "
+            f"of {limit}; type dataset.vocab_size={_tokenizer.vocab_size}"
         )
     dtype = np.uint16 if limit <= 2**16 else np.uint32
     return Tokens(train.astype(dtype), val.astype(dtype), sum(len(text.encode()) for text in texts))
+
+
+def encode(texts: list[str], batch: Batch) -> list[np.ndarray]:
+    """The ids of each text. Raises DataError, naming it, for one that the tokenizer does not take."""
+    try:
+        return _tokenizer.encode(texts)
+    except BaseException as e:  # each library raises its own; a panic in Rust is no Exception
+        if isinstance(e, KeyboardInterrupt | SystemExit):
+            raise
+    return [encode_one(text, batch.place(i, text)) for i, text in enumerate(texts)]
+
+
+def encode_one(text: str, place: str) -> np.ndarray:
+    try:
+        text.encode()
+        return _tokenizer.encode([text])[0]
+    except UnicodeEncodeError as e:
+        raise DataError(f"{place} holds {e.object[e.start]!a}, which is no character; mend it") from None
+    except BaseException as e:
+        if isinstance(e, KeyboardInterrupt | SystemExit):
+            raise
+        raise DataError(
+            f"{place} is not taken by tokenizer {_tokenizer.name} ({one_line(e)}); take the document away, or type "
+            "another dataset.tokenizer"
+        ) from None
 
 
 def lay_out(documents: list[np.ndarray], tokenizer: Tokenizer, layout: Layout) -> np.ndarray:
