@@ -322,8 +322,8 @@ class Wrapper(Composite):
         """x_t + position d_t of parameters that have buffers, as new tensors."""
         buffers = [self._own[p] for p in held]
         anchors = [local(b["anchor"]) for b in buffers]
-        kept = [b["x"] if "x" in b else b["y"] if "y" in b else p for b, p in zip(buffers, held, strict=True)]
-        ends = [local(end).to(a.dtype) for end, a in zip(kept, anchors, strict=True)]
+        ys: list[Tensor] = [b.get("y", p) for b, p in zip(buffers, held, strict=True)]
+        ends = [local(b.get("x", y)).to(a.dtype) for b, y, a in zip(buffers, ys, anchors, strict=True)]
         # a frozen parameter's x is what alpha = 0 would have left
         weights = [self._weight(position, 0.0 if "x" in b else self.alpha_t) for b in buffers]
         if len(set(weights)) == 1:
@@ -331,8 +331,9 @@ class Wrapper(Composite):
         return [torch.lerp(a, end, w) for a, end, w in zip(anchors, ends, weights, strict=True)]
 
     def _require_untouched(self, points: list[Tensor], ours: list[Tensor]) -> None:
-        differ = [(p != o.to(p.dtype)) & ~(p.isnan() & o.isnan()) for p, o in zip(points, ours, strict=True)]
-        if differ and bool(torch.stack([d.any().cpu() for d in differ]).any()):
+        pairs = zip(points, (o.to(p.dtype) for p, o in zip(points, ours, strict=True)), strict=True)
+        differ = [((p != o) & ~(p.isnan() & o.isnan())).any().cpu() for p, o in pairs]
+        if differ and bool(torch.stack(differ).any()):
             raise RuntimeError(
                 "the weights were changed while they were at the iterate (eval mode), and going back to the lookahead "
                 "point would undo it; call restart() to begin anew from the weights as they are"

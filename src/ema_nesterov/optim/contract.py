@@ -193,8 +193,8 @@ class Composite(Contract):
         for member in self._members:
             member.zero_grad(set_to_none)
 
-    @property
-    def state(self) -> MutableMapping[Tensor, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> MutableMapping[Tensor, Any]:
         return Joined(self)
 
     @state.setter
