@@ -245,6 +245,9 @@ def test_distributed_checkpoint_restores_eval_mode_or_refuses(row: str) -> None:
             del entries[key]
     with pytest.raises(ValueError, match=r"call eval\(\)"):
         set_optimizer_state_dict(other, loaded, optim_state_dict=incomplete)
+    loaded.eval()  # as the message says
+    target = get_optimizer_state_dict(other, loaded)
+    assert {k: set(v) for k, v in target["state"].items()} == {k: set(v) for k, v in saved["state"].items()}
     set_optimizer_state_dict(other, loaded, optim_state_dict=saved)
     optimizer.train()
     loaded.train()

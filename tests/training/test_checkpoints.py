@@ -68,12 +68,18 @@ def test_asynchronous_checkpoints_are_those_of_the_step(tmp_path: Path, sample: 
         assert_same(final_state(folders[0], step), final_state(folders[1], step))
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+@pytest.mark.parametrize(
+    ("version", "then"), [(99, "update ema-nesterov"), (1, "finish the run with the version that began it")]
+)
+def test_a_checkpoint_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, then: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", version)
     path = save_checkpoint(tmp_path, 1, {"step": 1}, 1)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="has format 2, this version reads up to 1; update"):
+    with pytest.raises(ConfigError, match=f"has format {version}, this version reads 2; {then}"):
         load_checkpoint(path)
+    assert whole(path)  # so that it is not passed over in silence
 
 
 # --- forks ----------------------------------------------------------------------------------------

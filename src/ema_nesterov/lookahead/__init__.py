@@ -6,6 +6,7 @@ from .lookahead import Lookahead
 from .nala import NALA
 from .nesterov import Nesterov
 from .snoo import SNOO
-from .wrapper import Wrapper, wrapper_in
+from .state import wrapper_in
+from .wrapper import Wrapper
 
 __all__ = ["GPA", "NALA", "SNOO", "EMANesterov", "Lookahead", "Nesterov", "Wrapper", "wrapper_in"]

@@ -15,8 +15,7 @@ A parameter without a gradient is left alone: x and anchor stay, and only y foll
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -25,20 +24,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optim.contract import (
-    ALLOCATED,
-    UNSTEPPED,
-    Composite,
-    State,
-    eager,
-    entries_of,
-    local,
-    parameters_of,
-    require_shape,
-    with_gradients,
-)
-from ..optim.matrix import wide_dtype
+from ..optim.contract import State, eager, local, parameters_of, with_gradients
 from ..optim.ranges import Range, number
+from .state import Remembering
 
 Alpha = float | Callable[[int], float]
 
@@ -46,16 +34,6 @@ Alpha = float | Callable[[int], float]
 def lerp_(target: list[Tensor], end: list[Tensor], weight: float) -> None:
     """target <- target + weight (end - target) for lists of tensors; each pair shares its dtype."""
     torch._foreach_lerp_(target, end, weight)
-
-
-@dataclass
-class Now:
-    """What moves with the steps and the modes: one object, since proxies of an optimizer copy its attributes."""
-
-    steps: int = 0  # completed
-    skipped: int = 0  # of them, not taken
-    alpha_t: float = 0.0  # the alpha that made y_t
-    position: float | None = None  # where the parameters are; None: at y_t
 
 
 @dataclass
@@ -90,7 +68,7 @@ class Moved:
             torch._foreach_copy_(self.points, values)
 
 
-class Wrapper(Composite):
+class Wrapper(Remembering):
     """Base of the lookahead wrappers: a real `torch.optim.Optimizer` around another one.
 
     `param_groups` is the base's own list, so a learning-rate scheduler on either moves both. The wrapper's state
@@ -99,28 +77,15 @@ class Wrapper(Composite):
     Buffers are made at a parameter's first step.
     """
 
-    NAME: ClassVar[str]  # under which the state is saved; subclasses of an algorithm keep it
     RANGES: ClassVar[dict[str, Range]] = {}
-    LINE: ClassVar[tuple[str, ...]] = ()  # settings that decide where on the line y_t lies: a state fits no others
-    BUFFERS: ClassVar[tuple[str, ...]] = ("anchor",)
 
     def __init__(self, base: Optimizer, alpha: Alpha):
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
-        level = 1 + sum(name.rpartition(".")[0].startswith(self.NAME) for name in _counters(base))
-        self._prefix = f"{self.NAME}{level if level > 1 else ''}."
-        self._own: defaultdict[Tensor, State] = defaultdict(dict)  # by parameter: anchor; y, x while they are kept
-        self._now = Now()
         self.alpha = alpha
-        super().__init__([base])
-        self.defaults = base.defaults  # some of torch's schedulers look into it
+        super().__init__(base)
         if not callable(alpha):
             self._require_alpha(alpha)
-
-    @property
-    def base(self) -> Any:
-        """The optimizer that takes the steps."""
-        return self._members[0]
 
     @property
     def steps(self) -> int:
@@ -158,10 +123,6 @@ class Wrapper(Composite):
         """Given x_{t+1} in the parameters, move the anchor and leave y_{t+1} there."""
         raise NotImplementedError
 
-    def _buffers_for(self, p: Tensor) -> State:
-        """The buffers of a parameter that is about to take its first step, in float32 or float64."""
-        return {"anchor": p.detach().to(wide_dtype(p), copy=True)}
-
     def _lowest_alpha(self) -> float:
         """Above it y_t and the anchor give x_t: an alpha below 0 looks back along the line, but not past the anchor."""
         return -math.inf
@@ -182,12 +143,12 @@ class Wrapper(Composite):
         """
         if closure is None and self._only_allocates():
             return None
-        self._start_step()
         if self._now.position is not None:
             raise RuntimeError("step() needs the lookahead point in the parameters: call train() first")
         alpha = self.alpha(self.steps + 1) if callable(self.alpha) else self.alpha
         if callable(self.alpha):
             self._require_alpha(alpha)
+        self._start_step()
         if closure is None:
             moved = self._begin()
             loss = self.base.step()
@@ -201,7 +162,7 @@ class Wrapper(Composite):
         if moved.parameters:
             self._after(moved)
         if self._gradient_position(before) != self._gradient_position(self.alpha_t):
-            self._follow(before)
+            self._follow(set(moved.parameters), before)
         return loss
 
     def _begin(self) -> Moved:
@@ -216,12 +177,6 @@ class Wrapper(Composite):
             moved.kept = self._before(moved)
         return moved
 
-    def _add_buffers(self, params: list[Tensor]) -> None:
-        if any(p.is_complex() for p in params):
-            raise TypeError(f"{type(self).__name__} does not take complex parameters")
-        for p in params:
-            self._own[p] = self._buffers_for(p)
-
     def _then_begin(self, closure: Callable[[], Any], first: list[Moved]) -> Callable[[], Any]:
         """The closure, followed the first time by `_begin`: where it fails, nothing has changed."""
 
@@ -234,10 +189,10 @@ class Wrapper(Composite):
 
         return evaluate
 
-    def _follow(self, before: float) -> None:
-        """y of the parameters that no step moves goes where the new alpha puts it. Their x is kept, as it is not
-        recovered from y to the last bit."""
-        frozen = [p for p in parameters_of(self) if p.grad is None and self._own.get(p)]
+    def _follow(self, moved: set[Tensor], before: float) -> None:
+        """y of the parameters that the step has not moved goes where the new alpha puts it. Their x is kept, as it is
+        not recovered from y to the last bit."""
+        frozen = [p for p in parameters_of(self) if p not in moved and self._own.get(p)]
         if not frozen:
             return
         points, anchors = [local(p) for p in frozen], [local(self._own[p]["anchor"]) for p in frozen]
@@ -339,125 +294,5 @@ class Wrapper(Composite):
                 "point would undo it; call restart() to begin anew from the weights as they are"
             )
 
-    # --- groups and state ---------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if groups:  # Optimizer.__init__ assigns an empty list
-            self.base.param_groups = groups
-
-    def _entries(self, p: Tensor) -> State:
-        return super()._entries(p) | self._own_entries(p) if self._member_of(p) else {}
-
-    def _own_entries(self, p: Tensor) -> State:
-        """What is saved of the wrapper with a parameter; counters too, as checkpoints carry what has a parameter."""
-        now, buffers = self._now, self._own.get(p) or {}
-        if not (now.steps or self._own):
-            return {}
-        counters: State = {
-            "steps": UNSTEPPED if self._stage == ALLOCATED else now.steps,
-            "skipped": now.skipped,
-            "alpha": now.alpha_t,
-            "training": int(now.position is None),
-            "position": now.position or 0.0,
-            **{name: getattr(self, name) for name in self.LINE},
-        }
-        return {self._prefix + name: value for name, value in (buffers | counters).items()}
-
-    def _put(self, p: Tensor, entries: Mapping[str, Any]) -> None:
-        own, rest = self._parted(entries)
-        if p in self._own:
-            self._own[p].update({name: value for name, value in own.items() if name in self._own[p]})
-        if isinstance(self.base, Composite):
-            self.base._put(p, rest)
-        elif rest or p in self.base.state:
-            self.base.state[p] = rest
-
-    def _parted(self, entries: Mapping[str, Any]) -> tuple[State, State]:
-        """The wrapper's entries, under their short names, and the base's."""
-        own = {k.removeprefix(self._prefix): v for k, v in entries.items() if k.startswith(self._prefix)}
-        return own, {k: v for k, v in entries.items() if not k.startswith(self._prefix)}
-
-    def _pack(self) -> dict[str, Any]:
-        saved = super()._pack()
-        own = [self._own_entries(p) for p in parameters_of(self)]
-        if any(own):
-            saved["state"] = {i: saved["state"].get(i, {}) | entries for i, entries in enumerate(own)}
-        return saved
-
-    def _parts(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-        (part,) = super()._parts(saved)
-        state = {label: self._parted(entries)[1] for label, entries in part["state"].items()}
-        if self._allocated_only(saved):
-            state = {}
-        return [{**part, "state": {label: entries for label, entries in state.items() if entries}}]
-
-    def _own_saved(self, saved: Mapping[str, Any]) -> dict[Tensor, State]:
-        pairs = ((p, self._parted(entries)[0]) for p, entries in entries_of(self, saved).items())
-        return {p: own for p, own in pairs if own}
-
-    def _allocated_only(self, saved: Mapping[str, Any]) -> bool:
-        return any(entries.get(self._prefix + "steps") == UNSTEPPED for entries in saved["state"].values())
-
-    def _check(self, saved: Mapping[str, Any]) -> None:
-        name, own = type(self).__name__, self._own_saved(saved)
-        if not own and any(saved["state"].values()):
-            raise ValueError(f"state of {wrapper_in(saved) or 'a base alone'} cannot be loaded into {name}")
-        for i, p in enumerate(parameters_of(self)):
-            entries = own.get(p, {})
-            for setting in self.LINE:
-                if entries and entries.get(setting) != getattr(self, setting):
-                    raise ValueError(f"{setting} is {entries.get(setting)} in the state, {getattr(self, setting)} here")
-            for buffer in (*self.BUFFERS, "x", "y"):
-                require_shape(name, f"{buffer} of parameter {i}", entries.get(buffer), p)
-            if "anchor" in entries and not entries["training"] and "y" not in entries:
-                raise ValueError(
-                    f"{name}: the state was saved at the iterate (eval mode) and its lookahead point is not in it; "
-                    "call eval() on the optimizer that loads before its state_dict() is taken to load into"
-                )
-        super()._check(saved)
-
-    def _unpack(self, saved: Mapping[str, Any]) -> None:
-        super()._unpack(saved)
-        self._own.clear()
-        saved_now = {} if self._allocated_only(saved) else self._own_saved(saved)
-        counters = next(iter(saved_now.values()), {})
-        self._now.steps, self._now.skipped = int(counters.get("steps", 0)), int(counters.get("skipped", 0))
-        self._now.alpha_t = float(counters.get("alpha", 0.0))
-        self._now.position = None if counters.get("training", 1) else float(counters["position"])
-        for p, entries in saved_now.items():
-            for name, value in entries.items():
-                if isinstance(value, Tensor) and value.ndim:
-                    dtype = wide_dtype(p) if name in (*self.BUFFERS, "x") else p.dtype if name == "y" else value.dtype
-                    self._own[p][name] = value.to(p.device, dtype, copy=True)
-
-    def _allocate(self) -> None:
-        super()._allocate()
-        params = with_gradients(parameters_of(self))
-        self._add_buffers(params)
-        if self._now.position is not None:
-            for p in params:
-                self._own[p]["y"] = p.detach().clone()
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._own.clear()
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}(alpha={self.alpha}, base={self.base})"
-
-
-def _counters(optimizer: Any) -> list[str]:
-    """The names of the step counters of the wrappers in an optimizer, inner ones first."""
-    names = [name for member in getattr(optimizer, "_members", []) for name in _counters(member)]
-    return [*names, f"{optimizer._prefix}steps"] if isinstance(optimizer, Wrapper) else names
-
-
-def wrapper_in(saved: Mapping[str, Any]) -> str | None:
-    """The name of the outermost wrapper whose state this is, if it is one's."""
-    counters = [name for entries in saved["state"].values() for name in entries if name.endswith(".steps")]
-    return counters[-1].removesuffix(".steps") if counters else None

@@ -40,6 +40,7 @@ class Chain(Composite):
                 loss = closure()
         if self._only_allocates():
             return loss
+        self._start_step()
         for optimizer in self.optimizers:
             optimizer.step()
         return loss

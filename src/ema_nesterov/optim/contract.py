@@ -122,15 +122,14 @@ class Contract(Optimizer):
                 p.copy_(value)
             self._stage = ALLOCATED
             return True
-        self._start_step()
         return False
 
     def _start_step(self) -> None:
-        """To be called at the beginning of a step that is taken."""
+        """To be called before anything moves in a step that is taken."""
+        self._require_same_home()
         if self._stage == ALLOCATED:
             self._forget()
         self._stage = STEPPED
-        self._require_same_home()
 
     def _asks_for_state(self) -> bool:
         groups, grads = self.param_groups, [p.grad for p in with_gradients(parameters_of(self))]

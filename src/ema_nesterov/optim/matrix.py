@@ -77,6 +77,7 @@ class MatrixOptimizer(Contract):
             with torch.enable_grad():
                 loss = closure()
         if not self._only_allocates():
+            self._start_step()
             self._update_all()
         return loss
 
