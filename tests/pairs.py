@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pytorch_optimizer import Lion
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 from ema_nesterov.lookahead import GPA, NALA, SNOO, EMANesterov, Lookahead, Nesterov
 from ema_nesterov.optim import SOAP, Aurora, Chain, Muon, NorMuon, Record30
@@ -122,5 +123,8 @@ ROWS: dict[str, Callable[[list[Tensor]], Any]] = {
     "chain of wrappers": lambda params: Chain(
         [SNOO(AdamW(_vectors(params), lr=0.05), 0.8, 0.5, 3), EMANesterov(Muon(_matrices(params), lr=0.05), 0.5, 0.9)]
     ),
+    # some have a state before their first step, some count steps in their groups
+    "chain with state": lambda params: Chain([Adagrad(_vectors(params), lr=0.05), Muon(_matrices(params), lr=0.05)]),
+    "ema_nesterov of another's": lambda params: EMANesterov(Lion(params, lr=0.01), 0.5, 0.9),
     "chain without memory": lambda params: Chain([SGD(_vectors(params), lr=0.05), SGD(_matrices(params), lr=0.05)]),
 }

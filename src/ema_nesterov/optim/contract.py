@@ -103,7 +103,7 @@ class Contract(Optimizer):
             saved = saved if result is None else result
         self._check(saved)
         self._unpack(saved)
-        self._stage = STEPPED if self.state else FRESH
+        self._stage = STEPPED if any(self.state.values()) else FRESH
         self._homes.clear()
         for done in self._optimizer_load_state_dict_post_hooks.values():
             done(self)
@@ -133,7 +133,7 @@ class Contract(Optimizer):
 
     def _asks_for_state(self) -> bool:
         groups, grads = self.param_groups, [p.grad for p in with_gradients(parameters_of(self))]
-        if self.state or not grads or any("lr" not in group or float(group["lr"]) for group in groups):
+        if not grads or any("lr" not in group or float(group["lr"]) for group in groups):
             return False
         return not any(bool(local(g).any()) for g in grads if g is not None)
 
@@ -165,6 +165,8 @@ class Composite(Contract):
     def __init__(self, members: Sequence[Optimizer]):
         self._members = list(members)
         self._groups: list[dict[str, Any]] = []
+        # members that are not ours and whose state was only allocated, and what that changed in their groups
+        self._lent: list[tuple[Optimizer, list[tuple[dict[str, Any], dict[str, Any]]]]] = []
         held = parameters_of(self)
         if len(set(held)) < len(held):
             raise ValueError("some parameters appear in more than one parameter group")
@@ -247,22 +249,32 @@ class Composite(Contract):
                 require_torchs(member, part)
 
     def _unpack(self, saved: Mapping[str, Any]) -> None:
+        self._lent.clear()
         for member, part in zip(self._members, self._parts(saved), strict=True):
             # torch's own optimizers would step the very tensors that they are given
             member.load_state_dict(part if isinstance(member, Contract) else copy.deepcopy(part))
 
     def _allocate(self) -> None:
         for member in self._members:
-            member.step()
-            if not isinstance(member, Contract):
+            if isinstance(member, Contract):
+                member.step()
+            elif not member.state:
+                before = [(group, dict(group)) for group in member.param_groups]
+                member.step()
+                changed = [(g, {k: was.get(k) for k in g if g[k] is not was.get(k)}) for g, was in before]
+                self._lent.append((member, changed))
                 for state in member.state.values():  # torch's count this step
                     if isinstance(state.get("step"), Tensor):
                         state["step"].zero_()
 
     def _forget(self) -> None:
-        for member in self._members:
-            if not isinstance(member, Contract):  # ours forget by themselves
-                member.state.clear()
+        for member, changed in self._lent:  # ours forget by themselves
+            member.state.clear()
+            for group, before in changed:  # where some count their steps
+                group.update((key, value) for key, value in before.items() if value is not None)
+                for key in [key for key, value in before.items() if value is None]:
+                    del group[key]
+        self._lent.clear()
 
 
 class Joined(MutableMapping):
@@ -286,6 +298,9 @@ class Joined(MutableMapping):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:
+        return self.of._stage != FRESH  # some of torch's optimizers have a state before their first step
 
     def __repr__(self) -> str:
         return repr({p: dict(self[p]) for p in self})
