@@ -18,7 +18,7 @@ from ema_nesterov.errors import ConfigError
 from ema_nesterov.sweeps.cost import ASSUMED_MFU, PEAK, cost
 from ema_nesterov.sweeps.launch import launch
 from ema_nesterov.sweeps.manifest import Sweep, freeze, is_frozen, open_sweep, sweep_folder
-from ema_nesterov.sweeps.plan import SweepFile, expand, merge, plan
+from ema_nesterov.sweeps.plan import SweepFile, expand, merge, open_sweep_file, plan, split
 from ema_nesterov.sweeps.state import state_of, states
 from ema_nesterov.training.checkpoint import list_checkpoints
 from ema_nesterov.training.folder import claimed
@@ -263,6 +263,15 @@ def test_every_sweep_of_the_paper_composes_and_its_page_is_up_to_date() -> None:
         "Table 2",
     ):
         assert f"\n## {figure}" in page
+
+
+def test_figure_5_starts_m_as_the_released_code_does_where_that_shows() -> None:
+    file = open_sweep_file(CONFIGS, "figure_5")
+    held = [split(command) for command in file.runs if "muon_ema_nesterov" in command]
+    for planned in plan(CONFIGS, held, []):
+        look = planned.cfg.lookahead
+        first = look.ema_decay ** (look.warmup_steps - 1)  # the first displacement's weight where alpha begins
+        assert look.warm_start == (first > 0.01), planned.overrides
 
 
 def test_runs_side_by_side_part_the_cores(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
