@@ -161,6 +161,17 @@ def test_a_run_costs_its_flops_at_the_rate_that_is_known(tmp_path: Path) -> None
     assert measured.training == pytest.approx(6200 * 524_288 / 1e6 / 3600)
 
 
+def test_a_run_costs_every_validation(tmp_path: Path) -> None:
+    def validation(*overrides: str) -> float:
+        found = cost(composed("experiment=nanogpt_124m/muon", "probe_every=0", *overrides), tmp_path / "none.json")
+        assert found is not None
+        return found.validation
+
+    once = validation("eval_every=0")
+    assert validation() == pytest.approx(32 * once)  # 0, 200, ... 6200
+    assert validation("eval_at=[0.5,100/1000]") == pytest.approx(33 * once)  # 3100; the others are in it
+
+
 # --- the script -----------------------------------------------------------------------------------
 
 
