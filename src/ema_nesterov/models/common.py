@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
     """Rotary positions on x (batch, time, heads, dim), half-split: (x1, x2) turned by -time * frequency.
 
-    frequencies: (dim / 2,) radians per position.
+    frequencies: (dim / 2,) radians per position. In float32, and rounded once, as in the reference files.
     """
     time = torch.arange(x.size(1), device=x.device, dtype=torch.float32)
     angle = torch.outer(time, frequencies)[:, None, :]  # (time, 1, dim / 2)
-    cos, sin = angle.cos().type_as(x), angle.sin().type_as(x)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
 
 
 def slow_in_bfloat16(q: Tensor) -> bool:
