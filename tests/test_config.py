@@ -6,7 +6,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from ema_nesterov.config import check
-from ema_nesterov.derived import alpha_schedule, lr_schedule, momentum_schedule, steps_of
+from ema_nesterov.derived import alpha_schedule, lr_schedule, momentum_schedule, steps_of, validation_steps
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.lookahead import Wrapper
 from ema_nesterov.models import build_model
@@ -76,6 +76,36 @@ def test_the_162m_records_differ_where_they_say() -> None:
     assert [alpha(t) > 0 for t in (299, 300, 1949, 1950)] == [False, True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (("steps=400",), [0, 100, 200, 300, 400]),
+        (("steps=350", "eval_every=100"), [0, 100, 200, 300, 350]),
+        (("steps=400", "eval_every=0"), [400]),
+        (("steps=400", "eval_every=0", "eval_at=[0,7,0.5]"), [0, 7, 200, 400]),
+        (("steps=400", "eval_at=[0.88/25,500/3]"), [0, 100, 200, 300, 375, 400]),  # 352 is no multiple of 25
+    ],
+)
+def test_the_steps_that_are_validated(overrides: tuple[str, ...], steps: list[int]) -> None:
+    assert sorted(validation_steps(composed(*overrides))) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("muon", [3000, *range(3025, 3351, 25)]),  # results 12, 39 and 40
+        ("muon_ema_nesterov", [2750, *range(2850, 3151, 25)]),
+        (
+            "record30_ema_nesterov",
+            [2750, 2850, 2860, 2870, 2875, 2880, 2890, 2900],
+        ),  # of 30 and 40, but for single steps
+    ],
+)
+def test_the_162m_runs_are_validated_where_the_public_logs_are(name: str, last: list[int]) -> None:
+    steps = sorted(validation_steps(composed(f"experiment=nanogpt_162m/{name}")))
+    assert steps[-len(last) :] == last
+
+
 BASES = sorted({e.removesuffix("_ema_nesterov").removesuffix("_lr_matched") for e in EXPERIMENTS})
 
 
@@ -104,7 +134,7 @@ def test_every_experiment_is_valid_and_differs_from_its_base_where_it_says(base:
     "same",
     [
         ("seed=3",),
-        ("runs_dir=elsewhere", "micro_batch_size=1", "log_every=7", "eval_every=3"),
+        ("runs_dir=elsewhere", "micro_batch_size=1", "log_every=7", "eval_every=3", "eval_at=[0.5]"),
         ("logger=wandb", "trainer.device=cpu", "trainer.workers=0"),
         ("optimizer.momentum=0.95",),  # the default
     ],

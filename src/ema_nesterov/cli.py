@@ -47,6 +47,7 @@ WANTED = {
     "is not a valid bool": "must be true or false",
     "is not Optional": "must have a value, not null",
     r"Cannot convert '\w+' to string": "must be text",
+    "NoneType is not a subclass of str": "must hold text, not null",
     "is not a ListConfig|Cannot merge DictConfig with ListConfig": "must be a list, such as {key}=[A,B]",
     "is not a subclass of|Cannot assign": "sets a whole group; type {key}.KEY=VALUE for one of its keys",
     "does not support deletion": "would take away a key that is needed; type {key}=VALUE to change it",

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import schemas  # importing it registers them
-from .derived import alpha_schedule, lr_schedule, momentum_schedule, steps_of
+from .derived import alpha_schedule, lr_schedule, momentum_schedule, steps_of, validation_steps
 from .errors import ConfigError, one_line
 from .lookahead.ema_nesterov import lowest_alpha
 
@@ -43,6 +43,7 @@ def check(cfg: DictConfig) -> None:
     _require(cfg.steps <= 10_000_000, "steps", cfg.steps, "at most 10000000")
     for key in ("seed", "eval_every", "probe_every", "noise_every", "checkpoint_every"):
         _require(cfg[key] >= 0, key, cfg[key], "at least 0")
+    validation_steps(cfg)
     _require(cfg.seed < 2**63, "seed", cfg.seed, f"at most {2**63 - 1}")
     micro = cfg.micro_batch_size
     _require(micro is None or micro >= 1, "micro_batch_size", micro, "at least 1")

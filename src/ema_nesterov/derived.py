@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from omegaconf import DictConfig
 
@@ -15,6 +16,25 @@ def steps_of(length: float, total: int, key: str = "length") -> int:
     if not math.isfinite(length) or length < 0 or (length >= 1 and length != int(length)):
         raise ConfigError(f"{key} must be a fraction below 1 or a whole number of steps, got {length}")
     return round(length * total) if length < 1 else int(length)
+
+
+def validation_steps(cfg: DictConfig) -> set[int]:
+    """The steps that are validated: the multiples of eval_every, those of eval_at, and the last."""
+    steps = set(range(0, cfg.steps + 1, cfg.eval_every)) if cfg.eval_every else set()
+    return steps.union({cfg.steps}, *(_steps_at(entry, cfg.steps) for entry in cfg.eval_at))
+
+
+def _steps_at(entry: str, total: int) -> range:
+    """Of an entry of eval_at: a step, or FROM/EVERY, the multiples of EVERY from there to the end."""
+    parts = re.fullmatch(r"([0-9]{1,9}|0?\.[0-9]{1,20})(?:/([1-9][0-9]{,8}))?", str(entry))
+    if parts is None:
+        raise ConfigError(f"eval_at=[{entry}] must be a step, a fraction below 1, or FROM/EVERY, such as 0.9/25")
+    first, every = steps_of(float(parts[1]), total), int(parts[2] or 0)
+    if every:
+        return range(-(-first // every) * every, total + 1, every)
+    if first > total:
+        raise ConfigError(f"eval_at=[{entry}] must be at most steps={total}")
+    return range(first, first + 1)
 
 
 def lr_schedule(cfg: DictConfig, matrix: bool = False) -> Schedule:

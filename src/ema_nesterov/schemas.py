@@ -310,6 +310,7 @@ class TrainConfig:
     runs_dir: str = "runs"
     fork_from: str | None = None  # RUN_FOLDER@STEP: begin with that checkpoint, under another schedule or lookahead
     eval_every: int = 100  # 0: only at the end
+    eval_at: list[str] = field(default_factory=list)  # validations besides, such as 100, 0.5 and 0.9/25
     probe_every: int = 0  # 0: never
     noise_every: int = 0  # likewise: measure the noise of the gradient
     probe_ema_decay: float = 0.99  # of the weight EMA that runs without EMA-Nesterov keep when probes are on

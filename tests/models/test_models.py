@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_nesterov.models import Llama, NanoGPT124M, NanoGPT162M, build_model
-from ema_nesterov.models.common import count_parameters
+from ema_nesterov.models.common import count_parameters, rotate
 from ema_nesterov.training.checkpoint import save_weights
 from tests.conftest import composed
 from tests.trajectories import REFERENCE
@@ -132,6 +132,11 @@ def test_no_position_sees_the_future(architecture: str) -> None:
     changed = inputs.clone()
     changed[:, 10:] = 5
     torch.testing.assert_close(model(inputs)[:, :10], model(changed)[:, :10])
+
+
+def test_rotations_in_bfloat16_are_rounded_once() -> None:
+    x, frequencies = torch.randn(2, 64, 2, 16).bfloat16(), 0.1 ** torch.arange(8)
+    assert torch.equal(rotate(x, frequencies), rotate(x.float(), frequencies).bfloat16())
 
 
 def test_162m_runs_in_the_dtype_of_its_embedding() -> None:

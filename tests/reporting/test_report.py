@@ -11,7 +11,7 @@ import pytest
 from ema_nesterov.cli import composed_each
 from ema_nesterov.errors import ConfigError, DataError
 from ema_nesterov.reporting.cells import Cell, Comparison, Statistic, cells_of, comparisons_of
-from ema_nesterov.reporting.figures import KINDS, draw_all
+from ema_nesterov.reporting.figures import KINDS, curves, draw_all
 from ema_nesterov.reporting.gains import gains
 from ema_nesterov.reporting.layout import Data
 from ema_nesterov.reporting.page import write_page
@@ -222,6 +222,18 @@ def test_a_published_number_stands_beside_the_runs_that_repeat_it_alone(tmp_path
     entries = load_published(ROOT / "docs" / "paper_results.yaml")
     found = {i: str(entry) for i, entry in published_for(cells, entries, ROOT / "configs").items()}
     assert found == {0: "28.11", 1: "24.09", 3: f"{math.exp(3.27847):.2f}", 4: f"{math.exp(3.2881):.2f}"}
+
+
+def test_a_curve_is_the_mean_where_every_seed_was_validated(tmp_path: Path) -> None:
+    """Also where one was validated more often than another: eval_every and eval_at rename no run."""
+    for seed, losses in enumerate(([8.0, 6.0, 5.0, 4.0], [6.0, 4.0, 3.0, 2.0])):
+        fake_run(tmp_path, "none", losses, f"seed={seed}")
+    runs, cells, comparisons = compared(tmp_path)
+    runs[1].metrics = [line for line in runs[1].metrics if line["step"] != 10]
+    drawn = curves(Data(cells, comparisons, [], {}))
+    assert drawn is not None
+    (line,) = drawn[0].axes[0].lines
+    assert line.get_xydata().tolist() == [[0.0, 7.0], [20.0, 4.0], [30.0, 3.0]]
 
 
 def test_a_page_shows_every_table_and_figure_in_a_browser_without_a_network(seeds: Path, tmp_path: Path) -> None:

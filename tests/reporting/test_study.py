@@ -17,7 +17,7 @@ from ema_nesterov.reporting.study import open_studies, write_study
 from ema_nesterov.sweeps.manifest import Entry
 from ema_nesterov.sweeps.plan import plan
 from ema_nesterov.training.folder import begin
-from tests.conftest import ROOT, Refused
+from tests.conftest import ROOT, Refused, composed
 
 CONFIGS, RESULTS = ROOT / "configs", ROOT / "docs" / "results"
 DECIMALS = re.compile(r"[+-]?\d+\.\d{3,}")
@@ -156,8 +156,8 @@ def test_the_committed_headline_follows_from_the_table_of_runs() -> None:
         rows = [row for row in csv.DictReader(f) if place.items() <= row.items() and row["seed"] != "0"]
     alone = [row for row in rows if row["lookahead"] == "none" and not row["matched_alpha"]]
     base = {row["seed"]: float(row["val_loss"]) for row in alone}
-    paper = {"lookahead": "ema_nesterov", "alpha": "0.5", "ema_decay": "0.92"}
-    gains = [float(row["val_loss"]) - base[row["seed"]] for row in rows if paper.items() <= row.items()]
+    wrapped = {"lookahead": "ema_nesterov", "alpha": "0.5", "ema_decay": "0.92"}
+    gains = [float(row["val_loss"]) - base[row["seed"]] for row in rows if wrapped.items() <= row.items()]
     assert len(gains) == 5
     label, told = "| study/cpu/muon_ema_nesterov, alpha 0.5 gamma 0.92 ", f"{mean(gains):+.4f} ± {stdev(gains):.4f}"
     lines = (RESULTS / "README.md").read_text(encoding="utf-8").splitlines()
@@ -169,6 +169,7 @@ def test_every_number_of_the_words_stands_in_the_tables() -> None:
     words = (RESULTS / "study_cpu.md").read_text(encoding="utf-8")
     tables = (RESULTS / "README.md").read_text(encoding="utf-8").replace(words.strip(), "")
     in_tables = {abs(float(number)) for number in DECIMALS.findall(tables)}
+    in_tables.add(composed("experiment=nanogpt_124m/muon_ema_nesterov").lookahead.ema_decay)  # the paper's gamma
     said = DECIMALS.findall(words)
     assert len(said) > 10
     for number in said:

@@ -19,7 +19,7 @@ from ema_nesterov.errors import ConfigError
 from ema_nesterov.sweeps.cost import ASSUMED_MFU, PEAK, cost
 from ema_nesterov.sweeps.launch import launch
 from ema_nesterov.sweeps.manifest import Sweep, freeze, is_frozen, open_sweep, sweep_folder
-from ema_nesterov.sweeps.plan import SweepFile, expand, merge, open_sweep_file, plan, sweep_names
+from ema_nesterov.sweeps.plan import SweepFile, expand, merge, open_sweep_file, plan, split, sweep_names
 from ema_nesterov.sweeps.state import state_of, states
 from ema_nesterov.training.checkpoint import list_checkpoints
 from ema_nesterov.training.folder import claimed
@@ -198,6 +198,17 @@ def test_a_run_costs_its_flops_at_the_rate_that_is_known(tmp_path: Path) -> None
     assert measured.training == pytest.approx(6200 * 524_288 / 1e6 / 3600)
 
 
+def test_a_run_costs_every_validation(tmp_path: Path) -> None:
+    def validation(*overrides: str) -> float:
+        found = cost(composed("experiment=nanogpt_124m/muon", "probe_every=0", *overrides), tmp_path / "none.json")
+        assert found is not None
+        return found.validation
+
+    once = validation("eval_every=0")
+    assert validation() == pytest.approx(32 * once)  # 0, 200, ... 6200
+    assert validation("eval_at=[0.5,100/1000]") == pytest.approx(33 * once)  # 3100; the others are in it
+
+
 # --- the script -----------------------------------------------------------------------------------
 
 
@@ -300,6 +311,15 @@ def test_every_sweep_of_the_paper_composes_and_its_page_is_up_to_date() -> None:
         "Table 2",
     ):
         assert f"\n## {figure}" in page
+
+
+def test_figure_5_starts_m_as_the_released_code_does_where_that_shows() -> None:
+    file = open_sweep_file(CONFIGS, "figure_5")
+    held = [split(command) for command in file.runs if "muon_ema_nesterov" in command]
+    for planned in plan(CONFIGS, held, []):
+        look = planned.cfg.lookahead
+        first = look.ema_decay ** (look.warmup_steps - 1)  # the first displacement's weight where alpha begins
+        assert look.warm_start == (first > 0.01), planned.overrides
 
 
 def test_runs_side_by_side_part_the_cores(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

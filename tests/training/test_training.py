@@ -58,8 +58,9 @@ def test_every_kind_of_run_resumes_exactly(tmp_path: Path, sample: Path, variant
 
 
 def test_evaluation_and_probes_change_no_bit_of_the_training(tmp_path: Path, straight: Path, sample: Path) -> None:
-    never = ("eval_every=0", "probe_every=0", "noise_every=0", "checkpoint_every=0")
+    never = ("eval_every=0", "eval_at=[3,0.5/4]", "probe_every=0", "noise_every=0", "checkpoint_every=0")
     alone = train(tmp_path / "alone", sample, *never, "log_every=5")
+    assert [line["step"] for line in read_metrics(alone) if "val/loss" in line] == [3, 8, 10]
     assert_same(final_state(straight), final_state(alone))
     losses = {line["step"]: line["train/loss"] for line in read_metrics(straight) if "train/loss" in line}
     assert [line["train/loss"] for line in read_metrics(alone) if "train/loss" in line] == [losses[5], losses[10]]

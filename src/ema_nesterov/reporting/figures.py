@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -74,8 +73,8 @@ def curves(data: Data, x: str = "step", metric: str = "val/loss") -> Drawn:
     for ax, family in zip(axes, grouped, strict=True):
         ends, lows = [], []
         for cell, color in colors(family):
-            lines = list(zip_longest(*([line for line in run.metrics if metric in line] for run in cell.runs)))
-            lines = [line for line in lines if None not in line]
+            seeds = [{line["step"]: line for line in run.metrics if metric in line} for run in cell.runs]
+            lines = [[seed[step] for seed in seeds] for step in seeds[0] if all(step in seed for seed in seeds)]
             places = np.array([mean(seed[x] for seed in line) for line in lines])
             values = np.array([[seed[metric] for seed in line] for line in lines])
             style = "--" if color == CONTROL else "-"

@@ -22,7 +22,7 @@ from ..training.logs import read_metrics
 # What may differ between a run and its base: the lookahead or its control, and what does not change the weights.
 NOT_COMPARED = (
     *("name", "lookahead", "probe_ema_decay", "runs_dir", "micro_batch_size", "logger", "trainer", "plugins"),
-    *("eval_every", "probe_every", "noise_every", "checkpoint_every", "log_every"),
+    *("eval_every", "eval_at", "probe_every", "noise_every", "checkpoint_every", "log_every"),
 )
 CONTROL = ("matched_alpha", "matched_warmup_steps", "matched_rest_steps")  # of the schedule
 

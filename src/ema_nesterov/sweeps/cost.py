@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ..derived import validation_steps
 from ..models import build_model
 from ..training.evaluate import PROBE_POSITIONS
 from ..training.speed import PEAK_FLOPS, flops_per_token
@@ -48,8 +49,7 @@ def cost(cfg: DictConfig, benchmarks: Path) -> Cost | None:
 
     averaged = cfg.lookahead.name != "none" or bool(cfg.probe_every)
     points = 1 + (cfg.lookahead.name != "none") + averaged  # x, y, e
-    passes = 1 + (cfg.steps // cfg.eval_every if cfg.eval_every else 1)
-    val_tokens = points * passes * (cfg.dataset.get("val_tokens") or DEFAULT_VAL_TOKENS)
+    val_tokens = points * len(validation_steps(cfg)) * (cfg.dataset.get("val_tokens") or DEFAULT_VAL_TOKENS)
     if cfg.probe_every:
         probes = cfg.steps // cfg.probe_every
         val_tokens += probes * 2 * len(PROBE_POSITIONS) * (cfg.dataset.get("probe_tokens") or DEFAULT_VAL_TOKENS)

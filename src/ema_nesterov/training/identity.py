@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 # What does not change the result: where it is kept, how it is split, when it is looked at.
 NOT_IN_HASH = {
-    *("name", "seed", "runs_dir", "micro_batch_size", "logger", "eval_every", "probe_every"),
-    *("noise_every", "checkpoint_every", "log_every", "plugins"),
+    *("name", "seed", "runs_dir", "micro_batch_size", "logger", "eval_every", "eval_at"),
+    *("probe_every", "noise_every", "checkpoint_every", "log_every", "plugins"),
     *(f"trainer.{key}" for key in ("device", "compile", "keep_checkpoints", "keep_every", "async_checkpoints")),
     *(f"trainer.{key}" for key in ("compile_mode", "deterministic", "activation_checkpointing")),
     *(f"trainer.{key}" for key in ("workers", "max_bad_steps")),

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..data.loader import MicroBatch, prefetch
-from ..derived import alpha_schedule, lookahead_position, lr_schedule, momentum_schedule
+from ..derived import alpha_schedule, lookahead_position, lr_schedule, momentum_schedule, validation_steps
 from ..errors import ConfigError, one_line
 from ..lookahead import Wrapper, wrapper_in
 from ..models.common import checkpoint_blocks, count_parameters
@@ -84,7 +84,8 @@ def train(
     lr, matrix_lr = lr_schedule(cfg), lr_schedule(cfg, matrix=True)
     momentum, alpha = momentum_schedule(cfg), alpha_schedule(cfg)
     clock, watch = Clock(cfg, model, ranks), Watch(cfg.trainer.spike_window, cfg.trainer.skip_spikes)
-    start, validated = 0, not cfg.eval_every
+    validations = validation_steps(cfg)
+    start, validated = 0, 0 not in validations
     if checkpoint is not None:
         with told(checkpoint):
             start, validated = resume(restore(checkpoint, model, optimizer), dataset, ranks, clock, watch)
@@ -186,7 +187,7 @@ def train(
                 bad = health.bad_ranks or blame(model, replica, batch, ranks, precision)
                 data = [place(dataset, cfg, step - 1, rank, ranks.size, micro_batch_size) for rank in bad]
                 diverged = Diverged(step, f"{trouble}, the last of {watch.in_a_row} steps in a row", bad, data)
-            due = step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0)
+            due = step in validations
             leaving = diverged or health.stop  # a stop leaves no time to validate: the next start does
             if due and not leaving and not log_validation(step):
                 leaving = diverged = Diverged(step, "validation loss is not finite")
