@@ -41,7 +41,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ema_nesterov.cli import guard, key_of, parse
+from ema_nesterov.cli import guard, key_of, parse, quoted
 from ema_nesterov.config import check_name
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.sweeps.manifest import Entry, Sweep, freeze, is_frozen, open_sweep, same, sweep_folder
@@ -108,7 +108,7 @@ def folder_of(args: Arguments) -> tuple[Path, str]:
 
 def planned(args: Arguments, overrides: list[str]) -> tuple[SweepFile, list[Planned]]:
     """What configs/ and the command line say today."""
-    overrides = [*overrides, f"runs_dir={args.runs_dir}"]
+    overrides = [*overrides, quoted("runs_dir", args.runs_dir)]
     if args.sweep:
         file = open_sweep_file(CONFIGS, args.sweep)
         commands = [split(command) for command in file.runs]
