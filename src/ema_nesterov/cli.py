@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import reduce
+from io import TextIOWrapper
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -63,6 +64,8 @@ def guard(main: Callable[[], object], configs: Path | None = None) -> None:
     such a main raises is Hydra's complaint about the command line or the configs: its body is a `job`.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of what the locale cannot hold, as stderr has it
     try:
         if configs is None:
             main()

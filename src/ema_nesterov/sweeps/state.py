@@ -98,7 +98,9 @@ def in_queue(sweep: Sweep) -> set[int]:
 def array_limit() -> int | None:
     """How many tasks the cluster lets an array have; None where there is no SLURM to ask."""
     try:
-        told = subprocess.run(["scontrol", "show", "config"], capture_output=True, encoding="utf-8", timeout=60).stdout
+        told = subprocess.run(["scontrol", "show", "config"], capture_output=True, timeout=60).stdout.decode(
+            errors="replace"
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     limits = re.findall(r"^MaxArraySize *= *(\d+)|\bmax_array_tasks=(\d+)", told, re.MULTILINE)
