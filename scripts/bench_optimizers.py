@@ -50,7 +50,7 @@ K = 5  # steps from sync to sync, of the wrappers that have one
 
 @dataclass
 class Arguments:
-    shapes: Any = field(default_factory=lambda: ["nanogpt_124m", "llama_350m"])
+    shapes: list[str] = field(default_factory=lambda: ["nanogpt_124m", "llama_350m"])
     layers: int | None = None
     parts: list[str] | None = None
     repeats: int = 3
@@ -322,8 +322,7 @@ def run(arguments: list[str]) -> None:
     for part in args.parts or []:
         if part not in PARTS:
             raise ConfigError(f"parts={part} must be of {', '.join(PARTS)}")
-    names = [args.shapes] if isinstance(args.shapes, str) else list(args.shapes)
-    for name in names:
+    for name in args.shapes:
         compose_model(name, args.layers)
     with ranks(args.device) as group:
         device = group.device
@@ -338,7 +337,7 @@ def run(arguments: list[str]) -> None:
         )
         console.print(about)
         results: dict[str, Any] = {"machine": about}
-        for name in names:
+        for name in args.shapes:
             for title, rows in run_parts(args, name, group, machine):
                 console.print(show(title, rows))
                 results[title] = [asdict(row) for row in rows]

@@ -65,8 +65,8 @@ QUIET = ("eval_every=0", "probe_every=0", "noise_every=0", "checkpoint_every=0",
 
 @dataclass
 class Arguments:
-    a: str | None = None  # null: nothing but the common overrides
-    b: str | None = "released"
+    a: str = ""  # nothing but the common overrides
+    b: str = "released"
     warmup: int = 5  # steps before the first turn
     timed: int = 10  # steps of a turn
     turns: int = 4
@@ -324,7 +324,7 @@ def show(key: str, value: float) -> str:
 def run_compare(arguments: list[str]) -> None:
     args, overrides = read_arguments(arguments)
     with TemporaryDirectory() as folder, ranks(device_of(overrides)) as group:
-        both = [setting(name, overrides, group, Path(folder)) for name in (args.a or "", args.b or "")]
+        both = [setting(name, overrides, group, Path(folder)) for name in (args.a, args.b)]
         console = Console(width=120, quiet=not group.is_first, highlight=False)
         with started(both, group, args.warmup) as runners:
             rates: list[list[float]] = [[], []]

@@ -97,6 +97,7 @@ def main() -> None:
     import torch  # here, so that a typo is answered before it is loaded
     from transformers.utils import logging
 
+    from ema_nesterov.training.checkpoint import in_utf8
     from ema_nesterov.training.trained import open_trained
 
     logging.disable_progress_bar()
@@ -105,16 +106,17 @@ def main() -> None:
     aside = output.with_name(f".{output.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        with torch.no_grad(), point(run, args.at):
+        aside.mkdir(parents=True)
+        with torch.no_grad(), point(run, args.at), in_utf8(aside) as folder:
             model = exported(run, args.at)
             if tokenizer is not None:
                 for part in (model.config, model.generation_config):
                     part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
                 model.generation_config.pad_token_id = tokenizer.pad_token_id
-                tokenizer.save_pretrained(aside)
-            model.save_pretrained(aside)
+                tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
             (aside / "README.md").write_text(card(run, args.at, model, tokenizer), encoding="utf-8")
-            difference = compare(run, model, aside)
+            difference = compare(run, model, folder)
         replace(aside, output)
     except OSError as e:
         raise ConfigError(f"cannot write {output}: {e.strerror or e}; make room, or type output=FOLDER") from None

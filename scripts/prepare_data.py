@@ -58,7 +58,7 @@ def inspect() -> None:
     command, *arguments = sys.argv[1:]
     if not arguments or not arguments[0] or arguments[0].startswith("-"):
         raise ConfigError(f"{command} what? type prepare_data.py {command} FOLDER")
-    if "=" in arguments[0]:
+    if "=" in arguments[0] and not Path(arguments[0]).exists():
         try:
             with watched_composition(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
                 folder = shards_folder(compose("train", arguments).dataset)

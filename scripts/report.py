@@ -19,7 +19,7 @@ the first folder; with wandb= report/). Runs that are missing, failed or diverge
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ FEW, MANY = 6, 12  # runs that one figure can hold, sentences that are read in a
 @dataclass
 class Arguments:
     sweep: str | None = None
-    runs: Any = "runs"
+    runs: list[str] = field(default_factory=lambda: ["runs"])
     wandb: str | None = None
     runs_dir: str = "runs"
     data: str | None = None
@@ -77,11 +77,10 @@ def main() -> None:
         folder = sweep.folder
         (runs, others), title, wanted = runs_of(sweep), sweep.about["title"], sweep.about["figures"]
     else:
-        names = args.runs if isinstance(args.runs, list) else [args.runs]
-        if not names or not all(isinstance(name, str) and name for name in names):
-            raise ConfigError(f"runs={args.runs} must be a folder, or a list [A,B] of them; quote a name of digits")
-        (runs, others), title, wanted = find_runs([Path(name) for name in names]), "Lookahead or not", []
-        folder = Path(names[0])
+        if not args.runs or not all(args.runs):
+            raise ConfigError("runs= must be a folder, or a list [A,B] of them")
+        (runs, others), title, wanted = find_runs([Path(name) for name in args.runs]), "Lookahead or not", []
+        folder = Path(args.runs[0])
     output = writable(Path(args.output) if args.output else folder / "report")
     cells = cells_of(runs)
     comparisons = comparisons_of(cells)

@@ -13,7 +13,7 @@ runs_dir   where the runs and sweeps/NAME lie (default runs)
 gpus       of each run, in place of what the sweep says: the batch is global, so the numbers stay
 jobs       runs side by side (default: as many as have GPUs of their own, 1 without; small ones may share a GPU)
 pack       submit: one-GPU runs that share an array task, e.g. 8 on a node of 8
-throttle   submit: array tasks at a time
+throttle   submit: array tasks at a time; what exceeds the cluster's MaxArraySize waits in arrays of its own
 sbatch     submit: options for sbatch, e.g. sbatch="--partition=gpu --time=4:00:00"
 dry_run    submit: true prints the call and the tasks, and submits nothing
 diverged   run, resubmit: true takes the diverged runs again too
@@ -41,12 +41,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ema_nesterov.cli import guard, key_of, parse
+from ema_nesterov.cli import guard, key_of, parse, quoted
 from ema_nesterov.config import check_name
 from ema_nesterov.errors import ConfigError
 from ema_nesterov.sweeps.manifest import Entry, Sweep, freeze, is_frozen, open_sweep, same, sweep_folder
 from ema_nesterov.sweeps.plan import Planned, SweepFile, open_sweep_file, plan, split
-from ema_nesterov.sweeps.state import OVER, State, state_of, states, submissions
+from ema_nesterov.sweeps.state import OVER, State, array_limit, state_of, states, submissions
 from ema_nesterov.training.folder import DIVERGED, FINISHED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +108,7 @@ def folder_of(args: Arguments) -> tuple[Path, str]:
 
 def planned(args: Arguments, overrides: list[str]) -> tuple[SweepFile, list[Planned]]:
     """What configs/ and the command line say today."""
-    overrides = [*overrides, f"runs_dir={args.runs_dir}"]
+    overrides = [*overrides, quoted("runs_dir", args.runs_dir)]
     if args.sweep:
         file = open_sweep_file(CONFIGS, args.sweep)
         commands = [split(command) for command in file.runs]
@@ -274,31 +274,51 @@ def hand_over(sweep: Sweep, args: Arguments) -> int:
         print(f"nothing remains to be done: {summary(standing)}")
         return 0
     tasks = [todo[i : i + args.pack] for i in range(0, len(todo), args.pack)]
-    number = len(submissions(sweep))
-    path = sweep.folder / "submissions" / f"{number}.json"
-    (sweep.folder / "logs").mkdir(exist_ok=True)
-    command = [
-        *("sbatch", "--parsable", f"--array=0-{len(tasks) - 1}%{args.throttle}", f"--job-name={sweep.name}"),
-        f"--output={sweep.folder}/logs/slurm-%A_%a.log",
-        *([f"--gpus-per-node={gpus * args.pack}", f"--cpus-per-task={4 * gpus * args.pack}"] if gpus else []),
-        *split(args.sbatch),
-        *(str(ARRAY), str(sweep.folder), str(number), str(gpus), str(args.pack)),
-    ]
-    if args.dry_run:
-        print(shlex.join(command))
-        for i, task in enumerate(tasks):
-            print(f"task {i}: {', '.join(sweep.entries[index].id for index in task)}")
-        return 0
+    limit = array_limit()
+    if limit == 0:
+        raise ConfigError(
+            "this cluster takes no job arrays (its MaxArraySize is 0); type run in a job in place of submit"
+        )
+    paths, folder, job = submissions(sweep), sweep.folder.absolute(), None
+    first = int(paths[-1].stem) + 1 if paths else 0
+    (folder / "logs").mkdir(exist_ok=True)
+    for number, part in enumerate(batched(tasks, limit or len(tasks)), first):
+        command = [
+            *("sbatch", "--parsable", f"--array=0-{len(part) - 1}%{args.throttle}", f"--job-name={sweep.name}"),
+            f"--output={str(folder).replace('%', '%%')}/logs/slurm-%A_%a.log",
+            *([f"--gpus-per-node={gpus * args.pack}", f"--cpus-per-task={4 * gpus * args.pack}"] if gpus else []),
+            *([f"--dependency=afterany:{job}"] if number > first else []),
+            *split(args.sbatch),
+            *(str(ARRAY), sys.executable, str(Path(__file__).resolve()), "run"),
+            *(f"sweep={folder}", f"submission={number}", f"gpus={gpus}", f"jobs={args.pack}"),
+        ]
+        if args.dry_run:
+            job = "JOB"
+            print(shlex.join(command))
+            for i, task in enumerate(part):
+                print(f"task {i}: {', '.join(sweep.entries[index].id for index in task)}")
+        else:
+            job = give(command, folder / "submissions" / f"{number}.json", part)
+            runs = sum(map(len, part))
+            print(f"job {job}: {runs} runs in {len(part)} tasks, {args.throttle} at a time; logs in {folder}/logs")
+    return 0
+
+
+def batched(tasks: list[list[int]], size: int) -> list[list[list[int]]]:
+    return [tasks[i : i + size] for i in range(0, len(tasks), size)]
+
+
+def give(command: list[str], path: Path, tasks: list[list[int]]) -> str:
+    """Call sbatch and write down what it was given; returns the job. Raises ConfigError where it refuses."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"job": None, "tasks": tasks}), encoding="utf-8")  # before a task can look for it
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, "PYTHON": sys.executable})
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         path.unlink()
         raise ConfigError(f"sbatch refuses: {done.stderr.strip() or done.stdout.strip()}; see sbatch= in --help")
     job = done.stdout.strip().partition(";")[0]
     path.write_text(json.dumps({"job": job, "tasks": tasks, "command": command}), encoding="utf-8")
-    print(f"job {job}: {len(todo)} runs in {len(tasks)} tasks, {args.throttle} at a time; logs in {sweep.folder}/logs")
-    return 0
+    return job
 
 
 def show(args: Arguments, overrides: list[str]) -> None:

@@ -1,11 +1,11 @@
-# Sourced by the batch scripts, with the launcher in `launcher` and train.py's arguments in "$@": start the run,
+# Sourced by the batch scripts, with the checkout in `root`, its Python in `python`, the launcher in `launcher` and
+# train.py's arguments in "$@": start the run,
 # have it stop and save when the time is nearly up, and put the job back into the queue.
 #
 # SLURM sends USR1 to this shell alone (--signal=B:USR1@180); a STOP file in the run folder, which all nodes
 # see, tells the ranks. Signals would not do: torchrun dies of USR1, and leaves its workers 30 s after TERM.
 set -uo pipefail
-python=${PYTHON:-.venv/bin/python}
-folder=$("$python" scripts/where.py "$@") || exit 2
+folder=$("$python" "$root/scripts/where.py" "$@") || exit 2
 requeue= asked=
 
 stop() {
@@ -16,7 +16,7 @@ trap 'requeue=yes; stop "time is nearly up"' USR1
 trap 'stop "job is cancelled or preempted"' TERM # SLURM itself decides whether it runs again
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
-"${launcher[@]}" scripts/train.py "$@" &
+"${launcher[@]}" "$root/scripts/train.py" "$@" &
 child=$!
 while kill -0 "$child" 2>/dev/null; do
   if [[ -n $asked ]]; then

@@ -1,10 +1,12 @@
-"""No code comes out of configs, data or checkpoints, no secret goes into them, and no path leads out of its folder."""
+"""No code comes out of configs, data or checkpoints, no secret goes into them, and no path leads out of its folder.
+No source reads or writes text in an encoding that the locale chooses."""
 
 from __future__ import annotations
 
 import ast
 import io
 import pickle
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -145,6 +147,84 @@ def test_no_source_uses_what_runs_its_input() -> None:
                 given = {(k.arg, getattr(k.value, "value", None)) for k in node.keywords}
                 assert not given & flags, place
                 assert name != "torch.load" or ("weights_only", True) in given, place
+
+
+# --- encodings ------------------------------------------------------------------------------------
+
+BINARY = {"gzip", "bz2", "lzma", "igzip"}  # their open() is binary unless asked for text
+OTHERS = {"os", "tarfile", "zipfile", "webbrowser", "urllib.request", "Image"}  # whose open() takes no encoding
+
+
+def follows_the_locale(node: ast.AST) -> bool:
+    """Whether this opens text, or a process, without saying in which encoding."""
+    if isinstance(node, ast.Dict):
+        given = {
+            getattr(k, "value", None): getattr(v, "value", None) for k, v in zip(node.keys, node.values, strict=True)
+        }
+        return (given.get("text") is True or given.get("universal_newlines") is True) and "encoding" not in given
+    if not isinstance(node, ast.Call):
+        return False
+    keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+    if "encoding" in keywords:
+        return any(k.arg == "encoding" and ast.unparse(k.value) == "None" for k in node.keywords)
+    if keywords.get("text") is True or keywords.get("universal_newlines") is True:
+        return True
+    owner, _, name = ast.unparse(node.func).rpartition(".")
+    values = [getattr(a, "value", None) for a in node.args]
+    if name in ("read_text", "write_text"):
+        return len(values) < (1 if name == "read_text" else 2)
+    if name in ("TextIOWrapper", "FileHandler", "getoutput", "getstatusoutput"):
+        return True
+    if name in ("NamedTemporaryFile", "TemporaryFile", "SpooledTemporaryFile"):
+        return "b" not in str(keywords.get("mode") or next(iter(values), None) or "w+b")
+    if name not in ("open", "fdopen") or (name == "open" and owner in OTHERS):
+        return False
+    first = owner in ("", "io", "codecs", *BINARY) or name == "fdopen"  # what precedes the mode is the file
+    typed = [v for v in values[first:] if isinstance(v, str) and re.fullmatch("[rwaxbt+]+", v)]
+    mode = str(keywords.get("mode") or next(iter(typed), "rb" if owner in BINARY else "r"))
+    return "t" in mode if owner in BINARY else "b" not in mode
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("open(p)", True),
+        ("open(p, 'w')", True),
+        ("open(p, mode='a')", True),
+        ("open(p, encoding=None)", True),
+        ("open(p, 'rb')", False),
+        ("open(p, encoding='utf-8')", False),
+        ("open(p, encoding=chosen)", False),
+        ("thing().open()", True),
+        ("p.open('wb')", False),
+        ("files.open(p, 'rb')", False),
+        ("open('rb')", True),
+        ("os.fdopen(f, 'w')", True),
+        ("os.open(p, os.O_RDONLY)", False),
+        ("gzip.open(p)", False),
+        ("gzip.open(p, 'wt')", True),
+        ("gzip.open(p, 'wt', encoding='utf-8')", False),
+        ("resources.files(x).joinpath(y).read_text()", True),
+        ("p.read_text('utf-8')", False),
+        ("p.write_text(t)", True),
+        ("NamedTemporaryFile('w')", True),
+        ("NamedTemporaryFile()", False),
+        ("subprocess.run(c, text=True)", True),
+        ("subprocess.run(c, capture_output=True)", False),
+        ("subprocess.Popen(c, universal_newlines=True)", True),
+        ("dict(text=True)", True),
+        ("{'text': True}", True),
+        ("{'text': True, 'encoding': 'utf-8'}", False),
+    ],
+)
+def test_what_follows_the_locale_is_seen(source: str, found: bool) -> None:
+    assert any(map(follows_the_locale, ast.walk(ast.parse(source)))) == found
+
+
+def test_every_text_file_and_pipe_has_an_encoding_of_its_own() -> None:
+    for path in [p for folder in ("src", "scripts", "examples", "tests") for p in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not follows_the_locale(node), f"{path}:{node.lineno}"  # type: ignore[attr-defined]
 
 
 # --- secrets --------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -12,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import reduce
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -21,10 +25,10 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from .config import check, check_secrets
 from .errors import ConfigError, UserError
@@ -61,6 +65,8 @@ def guard(main: Callable[[], object], configs: Path | None = None) -> None:
     such a main raises is Hydra's complaint about the command line or the configs: its body is a `job`.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of what the locale cannot hold, as stderr has it
     try:
         if configs is None:
             main()
@@ -99,7 +105,8 @@ def fail(message: str) -> NoReturn:
     """Print the one line and exit. Rank 0 goes first: torchrun ends the others as soon as one exits."""
     if os.environ.get("RANK", "0").strip("0").isdigit():
         time.sleep(5)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = re.sub(r"\s*\n\s*", " ", message.strip())
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(BAD_INPUT)
 
 
@@ -135,10 +142,13 @@ def watched_composition() -> Iterator[None]:
     command lines can. And flags alone say whether to run or to sweep: Hydra composes all once more to ask a file."""
     load, mode = ConfigLoaderImpl.load_configuration, Hydra.get_mode
 
-    def watched(self: ConfigLoaderImpl, config_name: str | None, *args: Any, **kwargs: Any) -> DictConfig:
-        cfg = load(self, config_name, *args, **kwargs)
+    def watched(
+        self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        cfg = load(self, config_name, overrides, *args, **kwargs)
         if config_name is not None:  # None: Hydra's own help
             refuse_foreign(cfg)
+            refuse_altered(cfg, OverridesParser.create().parse_overrides(overrides))
             check_secrets(cfg)
         return cfg
 
@@ -171,6 +181,7 @@ def composed_each(configs: Path, commands: Iterable[list[str]]) -> Iterator[Dict
                     chosen[choices] = compose("train", list(choices))
             cfg = copy.deepcopy(chosen[choices])
             ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+            refuse_altered(cfg, values)
         except UserError:
             raise
         except Exception as e:
@@ -187,6 +198,28 @@ def refuse_foreign(cfg: DictConfig) -> None:
             raise ConfigError(f"a config sets hydra.{key}, which is fixed here; take it out of the file")
 
 
+def refuse_altered(cfg: DictConfig, given: list[Override]) -> None:
+    """Raise ConfigError for text that Hydra would alter: it strips spaces, and takes 1e3 for 1000.0."""
+    for override in given:
+        key, _, typed = (override.input_line or "").partition("=")
+        group, _, name = override.key_or_group.rpartition(".")
+        parent = OmegaConf.select(cfg, group) if group else cfg
+        node: Any = parent._get_node(name, validate_access=False) if isinstance(parent, DictConfig) else None
+        text = node._metadata.element_type is str if isinstance(node, ListConfig) else isinstance(node, StringNode)
+        if not text:
+            continue
+        value = override.value()
+        if isinstance(value, str | bool | int | float):
+            if str(value) != typed and not isinstance(override._value, QuotedString):
+                raise ConfigError(f"{typed!r} would become {str(value)!r}; {quoting(key, typed)}")
+        else:
+            items = getattr(value, "list", value)  # of a sweep
+            parts = re.split(r"[\s,\[\]()]+", typed)
+            for item in items if isinstance(items, list) else ():
+                if isinstance(item, bool | int | float) and str(item) not in parts:
+                    raise ConfigError(f"{key}={typed} would give {str(item)!r}; quote each text within it, such as 'A'")
+
+
 def arguments(schema: type, doc: str | None) -> Any:
     """The command line's KEY=VALUE as an instance of a dataclass; --help prints the doc and ends."""
     if {"-h", "--help"} & set(sys.argv):
@@ -196,22 +229,58 @@ def arguments(schema: type, doc: str | None) -> Any:
 
 
 def parse(schema: type, arguments: list[str]) -> Any:
-    """KEY=VALUE arguments as an instance of a dataclass. Raises ConfigError for an unknown key or a bad value."""
-    defaults = OmegaConf.structured(schema)
+    """KEY=VALUE arguments as an instance of a dataclass. Text is what stands behind the first =, to the letter.
+    Raises ConfigError for an unknown key or a bad value."""
+    kinds = get_type_hints(schema)
+    values: dict[str, Any] = {}
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, text = argument.partition("=")
         if not equals:
-            raise ConfigError(f"{argument!r} is not KEY=VALUE; the keys are {', '.join(map(str, defaults))}")
-        if key not in defaults:
-            raise ConfigError(f"unknown key {key}; {suggest(key, map(str, defaults))}")
+            raise ConfigError(f"{argument!r} is not KEY=VALUE; the keys are {', '.join(kinds)}")
+        if key not in kinds:
+            raise ConfigError(f"unknown key {key}; {suggest(key, kinds)}")
         try:
-            OmegaConf.from_dotlist([argument])
-        except YAMLError:
-            raise ConfigError(unreadable(argument)) from None
+            text.encode()
+            values[key] = value_of(kinds[key], text)
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            raise ConfigError(f"{argument!r} is no text in {encoding}, the encoding of this locale") from None
+        except ValueError as e:
+            raise ConfigError(f"{argument if text else key + '='} must be {e}") from None
+    return schema(**values)
+
+
+def value_of(kind: Any, text: str) -> Any:
+    """Text as a value of this type: str, bool, int, float, a list of one of these, or one of all these and None.
+    Raises ValueError with what it must be."""
+    if isinstance(kind, UnionType):
+        (wanted,) = (part for part in get_args(kind) if part is not NoneType)
+        if wanted is str and not text:
+            raise ValueError("text, or left out")
+        return None if text == "null" and wanted is not str else value_of(wanted, text)
+    if get_origin(kind) is list:
+        (each,) = get_args(kind)
+        return [value_of(each, item) for item in items_of(text)]
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("true or false")
+        return text.lower() == "true"
     try:
-        return OmegaConf.to_object(OmegaConf.merge(defaults, OmegaConf.from_dotlist(arguments)))
-    except OmegaConfBaseException as e:
-        raise ConfigError(explain(e, None)) from None
+        return kind(text)
+    except ValueError:
+        raise ValueError("a whole number" if kind is int else "a number") from None
+
+
+def items_of(text: str) -> list[str]:
+    """Of a list such as [A,'B, C']; without brackets, it is one of one item."""
+    if not text.startswith("["):
+        return [text]
+    try:
+        inner = [text[1:-1]] if text.endswith("]") else []
+        (items,) = csv.reader(inner, quotechar="'", skipinitialspace=True, strict=True)
+        return items
+    except (csv.Error, ValueError):
+        raise ValueError("a list, such as [A,'B, C']") from None
 
 
 # --- complaints -----------------------------------------------------------------------------------
@@ -247,8 +316,23 @@ def unreadable(override: str) -> str:
     key, _, value = override.partition("=")
     if not re.fullmatch(r"[+~]*[A-Za-z_][\w/-]*(\.[A-Za-z_]\w*)*(@[\w.:]*)?", key, re.ASCII):
         return f"{key!r} in {override!r} is no key; type KEY=VALUE, such as steps=100 or optimizer.lr=0.01"
-    value = re.sub(r"['\"\n\0]", "", value)
-    return f"the value of {override!r} cannot be read; quote it within the argument: \"{key}='{value}'\""
+    return f"the value of {override!r} cannot be read; {quoting(key, value)}"
+
+
+def quoting(key: str, value: str) -> str:
+    """How to give Hydra a text to the letter, typed in a shell."""
+    if "\n" in value:
+        return "leave out the line end"
+    if value[:1] in ("'", '"') and value[:1] == value[1:][-1:]:
+        value = value[1:-1]
+    argument = quoted(key, value)
+    typed = shlex.quote(argument) if re.search(r'["$`!]|\\\\', argument) else f'"{argument}"'
+    return f"quote it within the argument: {typed}"
+
+
+def quoted(key: str, value: str) -> str:
+    """KEY=VALUE in Hydra's grammar, the value being this text."""
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def explain_choice(text: str, full_key: str | None, configs: Path) -> str | None:

@@ -80,6 +80,7 @@ def check_name(key: str, name: str) -> None:
     """Raise ConfigError for what is no folder below another."""
     if not re.fullmatch(r"\w[^/\\]*(/\w[^/\\]*)*", name) or not name.isprintable() or len(name) > 200:
         raise ConfigError(f"{key}={name!r} must be a relative folder such as quickstart/muon, at most 200 letters")
+    _check_letters(key, name)
 
 
 def check_path(key: str, path: str | None) -> None:
@@ -88,6 +89,16 @@ def check_path(key: str, path: str | None) -> None:
         raise ConfigError(f"{key} is {len(path)} characters long; type {key}=FOLDER")
     if path is not None and (not path.strip() or path.startswith("~") or "$" in path or not path.isprintable()):
         raise ConfigError(f"{key}={path!r} must name a folder, with ~ and variables expanded; type {key}=FOLDER")
+    _check_letters(key, path or "")
+
+
+def _check_letters(key: str, path: str) -> None:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{key}={path!r} has letters that this locale cannot write; type export LC_ALL=C.UTF-8"
+        ) from None
 
 
 SECRET = re.compile("KEY|TOKEN(?!IZ)|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)  # in the name of a variable

@@ -17,6 +17,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 AuthType=auth/munge
+MaxArraySize=4
 AuthInfo=cred_expire=5  # a job that is queued again waits this long
 SlurmUser=root
 SlurmdUser=root

@@ -32,10 +32,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield environment
 
 
-def sweep(command: str, runs: Path, environment: dict[str, str], *arguments: str) -> str:
+def sweep(command: str, runs: Path, environment: dict[str, str], *arguments: str, cwd: Path = ROOT) -> str:
     script = [sys.executable, str(ROOT / "scripts" / "sweep.py"), command, "name=tiny", f"runs_dir={runs}"]
     done = subprocess.run(
-        [*script, *arguments], capture_output=True, encoding="utf-8", env=environment, cwd=ROOT, timeout=120
+        [*script, *arguments], capture_output=True, encoding="utf-8", env=environment, cwd=cwd, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -74,3 +74,36 @@ def test_an_array_goes_on_after_a_preemption_and_ends_as_if_nothing_had_been(
     assert read_metrics(first) == read_metrics(undisturbed)
     a, b = (final_state(path, STEPS) for path in (first, undisturbed))
     assert_same(a, b)
+
+
+def test_a_sweep_larger_than_an_array_may_be_is_several_and_starts_from_any_folder(
+    cluster: dict[str, str], tmp_path: Path, sample: Path
+) -> None:
+    short = [o for o in RUNS if not o.startswith(("steps=", "seed=", "lookahead="))]
+    (tmp_path / "données").symlink_to(sample)
+    own = ["steps=2", "lookahead=none", "seed=range(0,5)", "dataset.path='données'"]  # relative, as is runs_dir
+    told = sweep("submit", Path("a b"), cluster, "gpus=0", "sbatch=--cpus-per-task=1", *short, *own, cwd=tmp_path)
+    assert [line.partition(": ")[2].partition(",")[0] for line in told.splitlines()] == [
+        "4 runs in 4 tasks",
+        "1 runs in 1 tasks",
+    ]
+    jobs = ",".join(line.split()[1].rstrip(":") for line in told.splitlines())
+    wait_until(lambda: not tell(["squeue", "-h", f"--jobs={jobs}"], cluster).strip(), 240)
+    assert sweep("status", Path("a b"), cluster, cwd=tmp_path).splitlines()[-1] == "5 finished"
+
+
+@pytest.mark.parametrize("script", ["node", "multinode"])
+def test_one_run_starts_from_any_folder(cluster: dict[str, str], tmp_path: Path, sample: Path, script: str) -> None:
+    command = ["sbatch", "--parsable", "--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    done = subprocess.run(
+        [*command, str(ROOT / "slurm" / f"{script}.sbatch"), *TINY, f"dataset.path={sample}"],
+        cwd=tmp_path,
+        env={**cluster, "NPROC": "1", "PYTHON": sys.executable},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    wait_until(lambda: not tell(["squeue", "-h", f"--jobs={job}"], cluster).strip(), 240)
+    log = (tmp_path / f"slurm-{job}.log").read_text(encoding="utf-8")
+    assert read_status(run_folder(tmp_path / "runs"))["status"] == "finished", log

@@ -291,7 +291,7 @@ def test_a_submission_is_an_array_of_what_remains(sweep: Sweep, said: Said) -> N
     assert command.startswith("sbatch --parsable --array=0-1%3 --job-name=a/b")
     assert "--gpus-per-node=2" in command
     assert "--partition=gpu --time=1:00:00" in command
-    assert command.endswith(f"array.sbatch {sweep.folder} 0 1 2")
+    assert command.endswith(f"scripts/sweep.py run sweep={sweep.folder} submission=0 gpus=1 jobs=2")
     ids = [sweep.entries[i].id for i in (0, 2, 3)]
     assert tasks == [f"task 0: {ids[0]}, {ids[1]}", f"task 1: {ids[2]}"]
     assert not (sweep.folder / "submissions").exists()

@@ -78,7 +78,7 @@ def started(*overrides: str, ranks: int = 0, configs: Path | None = None, **kwar
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     script = [str(ROOT / "scripts" / "train.py"), *(["--config-dir", str(configs)] if configs else [])]
     command = [*(torchrun if ranks else [sys.executable]), *script, *TINY, *overrides]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     return subprocess.Popen(command, **(pipes | kwargs))
 
 

@@ -214,7 +214,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
 
     digest = _hash(path)
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (OSError, RuntimeError) as e:
         raise DataError(f"{path} is not a sentencepiece model ({e}); type dataset.tokenizer=FILE") from None
     if model.eos_id() < 0:

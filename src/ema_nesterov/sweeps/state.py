@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Container
 from dataclasses import dataclass
@@ -92,6 +93,18 @@ def in_queue(sweep: Sweep) -> set[int]:
         except (OSError, ValueError, LookupError, TypeError) as e:
             raise ConfigError(f"{path} is damaged ({one_line(e)}); take it away once its job has ended") from None
     return held
+
+
+def array_limit() -> int | None:
+    """How many tasks the cluster lets an array have; None where there is no SLURM to ask."""
+    try:
+        told = subprocess.run(["scontrol", "show", "config"], capture_output=True, timeout=60).stdout.decode(
+            errors="replace"
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    limits = re.findall(r"^MaxArraySize *= *(\d+)|\bmax_array_tasks=(\d+)", told, re.MULTILINE)
+    return min((int(size or tasks) for size, tasks in limits), default=None)
 
 
 def tasks_in_queue(job: str | None) -> list[int]:

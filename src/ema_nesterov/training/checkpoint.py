@@ -16,8 +16,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,21 @@ def _load(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, An
             f"{path} has format {nest['format']}, this version reads {FORMAT}; {then}, or type runs_dir=FOLDER to "
             "begin anew"
         )
-    return _unflatten(nest["state"], read(path / FILES[0]))
+    with in_utf8(path) as folder:
+        return _unflatten(nest["state"], read(folder / FILES[0]))
+
+
+@contextmanager
+def in_utf8(folder: Path) -> Iterator[Path]:
+    """The folder, under a name for libraries that take every path for UTF-8, whatever the locale says."""
+    if os.fsencode(folder) == str(folder).encode(errors="replace"):
+        yield folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{handle}")
+    finally:
+        os.close(handle)
 
 
 def whole(path: Path) -> bool:

@@ -28,7 +28,16 @@ def mirror(cfg: DictConfig, folder: Path) -> Iterator[None]:
         return
     command = [sys.executable, "-P", "-m", "ema_nesterov.training.wandb_run", str(folder)]
     try:  # in a session of its own: Ctrl-C is for the training
-        process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, encoding="utf-8", start_new_session=True)
+        process = Popen(
+            command,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+            start_new_session=True,
+        )
     except OSError as e:
         print(f"the W&B mirror cannot start ({e.strerror}); {catch_up(folder)}", file=sys.stderr)
         yield

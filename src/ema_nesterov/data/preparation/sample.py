@@ -81,5 +81,6 @@ def _bpe(folder: Path, train: list[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(train, trainer)
-    bpe.save(str(folder / "tokenizer.json"))
+    # not bpe.save(): it takes every path for UTF-8
+    (folder / "tokenizer.json").write_text(bpe.to_str(pretty=True), encoding="utf-8")
     return open_tokenizer(str(folder / "tokenizer.json"))
