@@ -14,24 +14,15 @@ from torch.utils.checkpoint import checkpoint
 def rotate(x: Tensor, frequencies: Tensor, positions: Tensor | None = None) -> Tensor:
     """Rotary positions on x (batch, time, heads, dim), half-split: (x1, x2) turned by -position * frequency.
 
-<<<<<<< HEAD
-    frequencies: (dim / 2,) radians per position. positions: (batch or 1, time), default 0, 1, ...
+    frequencies: (dim / 2,) radians per position. positions: (batch or 1, time), default 0, 1, ... In float32, and
+    rounded once, as in the reference files.
     """
     if positions is None:
         positions = torch.arange(x.size(1), device=x.device, dtype=torch.float32)
     angle = (positions[..., None] * frequencies).unsqueeze(-2)  # (..., time, 1, dim / 2)
-    cos, sin = angle.cos().type_as(x), angle.sin().type_as(x)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
-=======
-    frequencies: (dim / 2,) radians per position. In float32, and rounded once, as in the reference files.
-    """
-    time = torch.arange(x.size(1), device=x.device, dtype=torch.float32)
-    angle = torch.outer(time, frequencies)[:, None, :]  # (time, 1, dim / 2)
     cos, sin = angle.cos(), angle.sin()
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
->>>>>>> help-d
 
 
 def slow_in_bfloat16(q: Tensor) -> bool:
