@@ -22,8 +22,9 @@ MATRIX = [Muon, NorMuon, Aurora, SOAP, Record30]
 
 def test_a_chain_says_where_a_new_group_goes() -> None:
     params = parameters()
+    optimizer = EMANesterov(Chain([SGD(params[:1], lr=0.1), SGD(params[1:2], lr=0.1)]), 0.5, 0.9)
     with pytest.raises(RuntimeError, match="add the group to the member"):
-        EMANesterov(Chain([SGD(params[:1], lr=0.1)]), 0.5, 0.9).add_param_group({"params": params[1:]})
+        optimizer.add_param_group({"params": params[2:]})
 
 
 @pytest.mark.parametrize("optimizer", MATRIX)
@@ -52,10 +53,13 @@ def test_loading_names_the_first_mismatch_of_model_or_pair() -> None:
     state = saved.state_dict()
     for other, message in (
         (Lookahead(build_base("muon_llama", params), 0.5, 3), "state of EMANesterov cannot be loaded into Lookahead"),
-        (EMANesterov(SGD(params, lr=0.1), 0.5, 0.9), "state of Chain cannot be loaded into SGD"),
-        (EMANesterov(build_base("normuon", params), 0.5, 0.9), "state of Muon cannot be loaded into NorMuon"),
+        (EMANesterov(SGD(params, lr=0.1), 0.5, 0.9), "2 parameter groups in the state, 1 here"),
+        (
+            EMANesterov(build_base("normuon", params), 0.5, 0.9),
+            "NorMuon: a group of the state has no beta2; it is another",
+        ),
         (EMANesterov(build_base("muon_llama", params), 0.5, 0.99), "ema_decay is 0.9 in the state, 0.99 here"),
-        (EMANesterov(build_base("muon_llama", params[1:]), 0.5, 0.9), "anchor holds 5 tensors for 4 parameters"),
+        (EMANesterov(build_base("muon_llama", params[1:]), 0.5, 0.9), "group 1 has 4 parameters in the state, 3 here"),
     ):
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
@@ -79,12 +83,8 @@ def test_an_adaptive_lookahead_refuses_soap_whose_second_moment_is_of_another_ba
 
 @pytest.mark.parametrize("base", ["soap", "record30"])
 def test_soaps_moments_are_not_interpolated(base: str) -> None:
-    params = parameters()
-    optimizer = WRAPPERS["lookahead_interpolate"](build_base(base, params))
-    for step in range(2):
-        take_step(optimizer, params, step)
     with pytest.raises(ValueError, match="maintain or reset"):
-        take_step(optimizer, params, 2)
+        WRAPPERS["lookahead_interpolate"](build_base(base, parameters()))
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,6 @@ def test_soaps_moments_are_not_interpolated(base: str) -> None:
     [
         (lambda: Muon([torch.zeros(2, 2, dtype=torch.complex64, requires_grad=True)], lr=0.1), "complex"),
         (lambda: Muon([torch.zeros(0, 5, requires_grad=True)], lr=0.1), "got shape"),
-        (lambda: Muon(parameters()[:2], lr=-1.0), "lr must be at least 0"),
-        (lambda: Muon(parameters()[:2], lr=0.1, momentum=1.5), "momentum must be in"),
-        (lambda: Record30(parameters()[:2], lr=0.1, precondition_frequency=0), "at least 1"),
-        (lambda: EMANesterov(SGD(parameters(), lr=0.1), -1.0, 0.9), "alpha must be at least 0"),
-        (lambda: EMANesterov(SGD(parameters(), lr=0.1), float("nan"), 0.9), "alpha must be at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(make: Any, message: str) -> None:
@@ -114,9 +109,11 @@ def test_states_of_other_kinds_are_refused_in_one_line() -> None:
     chain = Chain([AdamW(params[:1], lr=0.1), Muon(params[1:], lr=0.1)])
     for target, state, message in (
         (muon, soap.state_dict(), "has no momentum; it is another optimizer's"),
-        (muon, EMANesterov(SGD(params, lr=0.1), 0.5, 0.9).state_dict(), "state of a wrapper or a chain"),
+        (muon, EMANesterov(SGD(params, lr=0.1), 0.5, 0.9).state_dict(), "has no scale; it is another optimizer's"),
+        (muon, Aurora(params, lr=0.1).state_dict(), "has (iterations|exponent); it is another optimizer's"),
+        (muon, NorMuon(params, lr=0.1).state_dict(), "has beta2; it is another optimizer's"),
         (smaller, muon.state_dict(), r"momentum of parameter 0 is \(8, 8\), the parameter is \(3, 3\)"),
-        (chain, muon.state_dict(), "state of 0 optimizers, the chain has 2"),
+        (chain, muon.state_dict(), "1 parameter groups in the state, 2 here"),
     ):
         with pytest.raises(ValueError, match=message):
             target.load_state_dict(state)

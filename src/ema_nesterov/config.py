@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from . import schemas  # importing it registers them
 from .derived import alpha_schedule, lr_schedule, momentum_schedule, steps_of, validation_steps
 from .errors import ConfigError, one_line
-from .lookahead.ema_nesterov import lowest_alpha
+from .schedules import lowest_alpha
 
 
 def check(cfg: DictConfig) -> None:

@@ -104,6 +104,12 @@ def _lookahead_alpha(scale: float, lr_schedule: Schedule, first: int, end: int, 
     return scale * lr_schedule(step) if first <= step < end else 0.0
 
 
+def lowest_alpha(ema_decay: float) -> float:
+    """What alpha must be above, for gamma = ema_decay: below 0 y looks back along the average, and there it is the
+    average itself, e, from which x cannot be recovered. -gamma / (1 - gamma), and -1 for gamma = 0, plain Nesterov."""
+    return -ema_decay / (1 - ema_decay) if ema_decay else -1.0
+
+
 def lr_matched(lr_schedule: Schedule, alpha_schedule: Schedule) -> Schedule:
     """The control of a lookahead: the base alone, with its rate times 1 / (1 - alpha_t).
 

@@ -151,7 +151,7 @@ def test_the_script_writes_what_it_prints(tmp_path: Path) -> None:
         ("gamma=0.5", "unknown key gamma; did you mean gammas"),
         ("k=0.5", "k must be above 0 and at most 0.43"),
         ("gammas=[]", "gammas must be in [0, 1), at least one"),
-        ("steps=1e3x", "steps must be a whole number"),
+        ("steps=1e3x", "steps=1e3x must be a whole number"),
     ],
 )
 def test_bad_keys_are_one_line(refused: Refused, argument: str, line: str) -> None:

@@ -182,7 +182,7 @@ def test_the_script_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.Mo
         ("k=0", "k at least 1"),
         ("ema_decay=0.9999", "would take too long to settle; type a smaller ema_decay"),
         ("gamma=0.9", "unknown key gamma"),
-        ("chains=many", "chains must be a whole number"),
+        ("chains=many", "chains=many must be a whole number"),
     ],
 )
 def test_bad_keys_are_one_line(argument: str, line: str, refused: Refused) -> None:

@@ -108,7 +108,7 @@ def test_the_script_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.Mo
     ("argument", "line"),
     [
         ("momenta=[0.9,1]", "momenta (at least one), ema_decay and mu_x must be at least 0 and below 1"),
-        ("momenta=0.9", "momenta must be a list, such as momenta=[A,B]"),
+        ("momenta=[0.9", "momenta=[0.9 must be a list"),
         ("mu_y=0", "alpha and mu_y must be above 0 and at most 1"),
         ("k=0", "k must be at least 1"),
         ("beta=0.9", "unknown key beta"),

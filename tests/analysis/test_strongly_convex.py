@@ -159,7 +159,7 @@ def test_the_script_writes_what_it_prints(tmp_path: Path) -> None:
         ("kappa=10", "unknown key kappa; did you mean kappas"),
         ("kappas=[1]", "kappas must be above 1"),
         ("gammas=[1]", "gammas in [0, 1)"),
-        ("efolds=x", "efolds must be a number"),
+        ("efolds=x", "efolds=x must be a number"),
     ],
 )
 def test_bad_keys_are_one_line(refused: Refused, argument: str, line: str) -> None:

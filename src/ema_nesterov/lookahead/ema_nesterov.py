@@ -36,13 +36,9 @@ from torch.optim import Optimizer
 
 from ..optim.contract import parameters_of
 from ..optim.ranges import FRACTION, require
+from ..schedules import lowest_alpha
 from .fused import average_and_extrapolate_
 from .wrapper import Alpha, Moved, Wrapper, lerp_
-
-
-def lowest_alpha(ema_decay: float) -> float:
-    """Above it x lies on the line from e through y, and can be recovered; there y is e itself, at -1/k."""
-    return -ema_decay / (1 - ema_decay) if ema_decay else -1.0
 
 
 class EMANesterov(Wrapper):

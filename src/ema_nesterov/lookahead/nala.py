@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch.optim import Optimizer
 
 from ..optim.ranges import COUNT, require
-from .ema_nesterov import lowest_alpha
+from ..schedules import lowest_alpha
 from .wrapper import Alpha, Moved, Wrapper, lerp_
 
 

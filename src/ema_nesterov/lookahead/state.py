@@ -19,7 +19,7 @@ from ..optim.contract import (
     UNSTEPPED,
     Composite,
     State,
-    entries_of,
+    by_parameter,
     parameters_of,
     require_shape,
     with_gradients,
@@ -82,7 +82,7 @@ class Remembering(Composite):
     def _own_entries(self, p: Tensor) -> State:
         """What is saved of the wrapper with a parameter; counters too, as checkpoints carry what has a parameter."""
         now, buffers = self._now, self._own.get(p) or {}
-        if not (now.steps or self._own):
+        if not (now.steps or self._own or any(self.base.state.values())):
             return {}
         counters: State = {
             "steps": UNSTEPPED if self._stage == ALLOCATED else now.steps,
@@ -116,14 +116,11 @@ class Remembering(Composite):
         return saved
 
     def _parts(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-        (part,) = super()._parts(saved)
-        state = {label: self._parted(entries)[1] for label, entries in part["state"].items()}
-        if self._allocated_only(saved):
-            state = {}
-        return [{**part, "state": {label: entries for label, entries in state.items() if entries}}]
+        bases = {label: self._parted(entries)[1] for label, entries in saved["state"].items()}
+        return super()._parts({**saved, "state": bases})
 
     def _own_saved(self, saved: Mapping[str, Any]) -> dict[Tensor, State]:
-        pairs = ((p, self._parted(entries)[0]) for p, entries in entries_of(self, saved).items())
+        pairs = ((p, self._parted(entries)[0]) for p, entries in by_parameter(self, saved).items())
         return {p: own for p, own in pairs if own}
 
     def _allocated_only(self, saved: Mapping[str, Any]) -> bool:

@@ -236,7 +236,7 @@ class Composite(Contract):
         for member in self._members:
             groups = saved["param_groups"][first : first + len(member.param_groups)]
             labels = {label for group in groups for label in group["params"]}
-            state = {label: entries for label, entries in saved["state"].items() if label in labels and entries}
+            state = {label: its for label, its in saved["state"].items() if label in labels and is_entered(its)}
             parts.append({"state": state, "param_groups": groups})
             first += len(groups)
         return parts
@@ -265,7 +265,7 @@ class Composite(Contract):
                 self._lent.append((member, changed))
                 for state in member.state.values():  # torch's count this step
                     if isinstance(state.get("step"), Tensor):
-                        state["step"].zero_()
+                        state["step"].fill_(UNSTEPPED)
 
     def _forget(self) -> None:
         for member, changed in self._lent:  # ours forget by themselves
@@ -329,12 +329,21 @@ def require_groups(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: the state has an entry of {strangers[0]!r}, which is in no parameter group")
 
 
-def entries_of(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Tensor, State]:
-    """The saved state by parameter, without empty entries. Raises ValueError where the groups differ."""
+def by_parameter(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Tensor, State]:
+    """The saved state by parameter. Raises ValueError where the groups differ."""
     require_groups(optimizer, saved)
     labels = [label for group in saved["param_groups"] for label in group["params"]]
-    pairs = zip(parameters_of(optimizer), labels, strict=True)
-    return {p: saved["state"][label] for p, label in pairs if saved["state"].get(label)}
+    return {p: saved["state"].get(i) or {} for p, i in zip(parameters_of(optimizer), labels, strict=True)}
+
+
+def entries_of(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Tensor, State]:
+    """The same, without what is no entry."""
+    return {p: entries for p, entries in by_parameter(optimizer, saved).items() if is_entered(entries)}
+
+
+def is_entered(entries: Mapping[str, Any] | None) -> bool:
+    """Whether a step has made these entries of a parameter: not where there are none, or they were only allocated."""
+    return bool(entries) and entries.get("step") != UNSTEPPED  # type: ignore[union-attr]
 
 
 def require_torchs(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:

@@ -224,9 +224,16 @@ class MatrixOptimizer(Contract):
         for group in saved["param_groups"]:
             if missing := [key for key in self.RANGES if key not in group]:
                 raise ValueError(f"{name}: a group of the state has no {missing[0]}; it is another optimizer's")
+            if foreign := [key for key in all_settings(MatrixOptimizer) - self.RANGES.keys() if key in group]:
+                raise ValueError(f"{name}: a group of the state has {foreign[0]}; it is another optimizer's")
         for i, p in enumerate(parameters_of(self)):
             if p not in entries:
                 continue
+            if "owner" in entries[p]:
+                raise ValueError(
+                    f"{name}: a flattened state dict does not carry what ranks share: leave out "
+                    "flatten_optimizer_state_dict"
+                )
             for key in self.ENTRIES:
                 if key not in entries[p]:
                     raise ValueError(f"{name}: the state of parameter {i} has no {key}; it is another optimizer's")
@@ -246,7 +253,7 @@ class MatrixOptimizer(Contract):
         for p, entries in entries_of(self, saved).items():
             if id(p) not in mine:
                 self.state[p] = {"owner": ranks[id(p)]}
-            elif entries.get("step") != UNSTEPPED:  # state keeps its own dtype: torch would round it to bfloat16's
+            else:  # state keeps its own dtype: torch would round it to bfloat16's
                 dtype = wide_dtype(p)
                 self.state[p] = {
                     k: v.to(p.device, dtype, copy=True) if isinstance(v, Tensor) else v for k, v in entries.items()
@@ -263,6 +270,11 @@ class MatrixOptimizer(Contract):
         if self.group is not None:
             raise RuntimeError(f"a {type(self).__name__} over a process group cannot be copied: use its state_dict()")
         return {**super().__getstate__(), "_batches": {}}
+
+
+def all_settings(kind: type[MatrixOptimizer]) -> set[str]:
+    """The names of the settings of this optimizer and of all that are derived from it."""
+    return set(kind.RANGES).union(*(all_settings(derived) for derived in kind.__subclasses__()))
 
 
 def views(flat: Tensor, shapes: list[Tensor]) -> list[Tensor]:
