@@ -10,8 +10,8 @@ echo "== ruff"
 .venv/bin/mypy >.venv/mypy.log 2>&1 & # beside the tests: it takes one core for a minute
 mypy=$!
 echo "== pytest"
-tests=0 # three workers on two cores: many tests wait for processes of their own
-.venv/bin/python -m pytest -n 3 --dist worksteal "$@" || tests=$?
+tests=0 # four workers on two cores: many tests wait for processes of their own
+.venv/bin/python -m pytest -n 4 --dist worksteal "$@" || tests=$?
 echo "== mypy"
 types=0
 wait "$mypy" || types=$?

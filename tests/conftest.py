@@ -51,6 +51,18 @@ TINY = (
 )
 
 
+# the longest tests, which begin first: none of them is what all other processes wait for at the end
+LONGEST = (
+    *("test_slurm", "test_locale", "test_every_sweep_of_the_paper", "test_the_committed_page"),
+    *("test_ranks_prepare_data_once", "test_the_short_kill_test", "test_a_run_that_streams", "test_a_stopped_"),
+    *("test_strange_documents", "test_the_rank_whose_numbers_are_bad", "test_sync_sends_what_is_missing"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+
+
 def composed(*overrides: str) -> DictConfig:
     """What Hydra composes: the files once for each choice of groups, as that takes the time, and the values on top."""
     groups = {path.name for path in (ROOT / "configs").iterdir()}

@@ -48,6 +48,7 @@ from tests.pairs import (
 from tests.ranks import group, on_ranks
 
 rows = pytest.mark.parametrize("row", ROWS)
+some = pytest.mark.parametrize("row", [row for row in ROWS if " of " not in row or row.endswith(("adamw", "kind"))])
 LOOKAHEAD = [row for row in ROWS if " of " in row or row in ("backward", "warm", "adaptive")]
 wrappers = pytest.mark.parametrize("row", LOOKAHEAD)
 pairs = pytest.mark.parametrize(("wrapper", "base"), PAIRS)
@@ -205,10 +206,17 @@ def restored(make: Callable[[list[Tensor]], Any], folder: Path, options: StateDi
     return model, optimizer
 
 
-@pytest.mark.parametrize("flat", [False, True])
 @rows
-def test_distributed_checkpoint_moves_nothing_and_restores_every_bit(row: str, flat: bool, tmp_path: Path) -> None:
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+def test_distributed_checkpoint_moves_nothing_and_restores_every_bit(row: str, tmp_path: Path) -> None:
+    go_through_distributed_checkpoint(row, StateDictOptions(), tmp_path)
+
+
+@some
+def test_distributed_checkpoint_does_so_with_flat_names(row: str, tmp_path: Path) -> None:
+    go_through_distributed_checkpoint(row, StateDictOptions(flatten_optimizer_state_dict=True), tmp_path)
+
+
+def go_through_distributed_checkpoint(row: str, options: StateDictOptions, folder: Path) -> None:
     params, reference = stepped(row, 0)
     model = Model()
     optimizer = ROWS[row](model.held())
@@ -220,8 +228,8 @@ def test_distributed_checkpoint_moves_nothing_and_restores_every_bit(row: str, f
     weights, state = get_state_dict(model, optimizer, options=options)
     assert_same(values(model.held()), values(params))
     assert_same(optimizer.state_dict(), reference.state_dict())
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
-    again, loaded = restored(ROWS[row], tmp_path, options)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    again, loaded = restored(ROWS[row], folder, options)
     if hasattr(loaded, "steps"):
         assert loaded.steps == 6
     goes_on_alike((again.held(), loaded), (params, reference), 6)
@@ -476,7 +484,7 @@ def test_what_an_evaluation_raises_is_raised_and_y_comes_back(row: str) -> None:
 # --- everything else that people do ---------------------------------------------------------------
 
 
-@rows
+@some
 def test_a_compiled_step_is_the_step(row: str) -> None:
     torch._dynamo.reset()
     params, optimizer = stepped(row, 0)

@@ -50,7 +50,7 @@ def test_data_runs_and_texts_are_the_same_under_latin_1(latin: Latin, tmp_path: 
     tokenizer = open_tokenizer(str(here / os.fsdecode(b"donn\xe9es") / "tokenizer.json"))
     assert tokenizer.encode(["The people of the United States"])[0].tolist() == [490, 542, 268, 260, 520, 454]
 
-    own = [*TINY, "dataset.path='donn\u00e9es'", "name='caf\u00e9/x'"]
+    own = [*TINY, "probe_every=0", "noise_every=0", "dataset.path='donn\u00e9es'", "name='caf\u00e9/x'"]
     latin("train.py", *own)
     printed = latin("where.py", *own).stdout.strip()
     assert printed.startswith(b"runs/caf\xe9/x-")
@@ -61,6 +61,5 @@ def test_data_runs_and_texts_are_the_same_under_latin_1(latin: Latin, tmp_path: 
     told = latin("generate.py", f"run={run}", "prompt= caf\u00e9", "tokens=60", "temperature=9", "top_k=null").stdout
     assert told.startswith(b" caf\xe9")
     assert rb"\ufffd" in told  # half a letter, which Latin-1 does not have
-    latin("export_hf.py", f"run={run}")
     latin("report.py", "runs=runs", "title=caf\u00e9")
     assert "<title>caf\u00e9" in (here / "runs" / "report" / "index.html").read_text(encoding="utf-8")
